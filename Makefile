@@ -1,0 +1,55 @@
+# On a machine with Python, git and make: `make help`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
+
+# MLflow would send usage statistics from every run of the demo and the tests.
+export MLFLOW_DISABLE_TELEMETRY = true
+export DO_NOT_TRACK = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench soak wheel clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# The demo needs nine tenths of what the tests need, so there is one environment. --compile: with
+# PYTHONDONTWRITEBYTECODE set, every start would otherwise compile the trackers again, which takes seconds.
+$(READY): pyproject.toml
+	@echo "setting up $(VENV) (one to two minutes, once) ..."
+	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit("memtrack needs Python 3.10 or newer: make PYTHON=python3.x" if sys.version_info < (3, 10) else 0)'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install --upgrade 'pip>=25.1'
+	@echo "  installing memtrack, its extras, and what the tests and the demo need ..."
+	@$(PIP) install --compile --editable '.[all]' --group dev
+	@touch $@
+
+demo: $(READY)  ## train a small model and show where its memory went
+	@MPLBACKEND=Agg $(BIN)/python examples/demo.py
+
+test: $(READY)  ## every test but the slow ones
+	@MPLBACKEND=Agg $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+soak: $(READY)  ## the slow tests: long runs, outages, many workers
+	@MPLBACKEND=Agg $(BIN)/python -m pytest -m slow --timeout=1800 $(PYTEST_ARGS)
+
+lint: $(READY)  ## ruff, mypy --strict, import-linter
+	@$(BIN)/ruff format --check --quiet . || { echo "run: $(BIN)/ruff format ."; exit 1; }
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo
+
+bench: $(READY)  ## the figures in the README, measured here
+	@MPLBACKEND=Agg $(BIN)/python tests/benchmarks/overhead.py
+
+wheel: $(READY)  ## build dist/*.whl
+	@rm -rf dist
+	@$(PIP) wheel --no-deps --wheel-dir dist .
+	@ls dist
+
+clean:  ## remove .venv and everything that runs leave behind
+	@rm -rf $(VENV) build dist .memtrack test-artifacts mlruns mlartifacts mlflow.db
+	@rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	@find memtrack integrations tests examples -name __pycache__ -type d -prune -exec rm -rf {} +

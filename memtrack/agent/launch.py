@@ -1,0 +1,110 @@
+"""Starting the agent from the training process."""
+
+from __future__ import annotations
+
+import os
+import sys
+from time import monotonic, sleep
+
+from memtrack.errors import AgentError
+
+_ENTRY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "__main__.py")
+_START_TIMEOUT_S = 5.0
+
+
+class AgentHandle:
+    """The caller's end of a running agent: wakes it. Not shared with forked children: they drop it."""
+
+    def __init__(self, wake_fd: int) -> None:
+        self._wake_fd = wake_fd
+
+    def wake(self) -> None:
+        """Let the agent look at the control words now. Never blocks, never raises."""
+        try:
+            # an eventfd, because writing to a pipe without reader may kill the process with SIGPIPE
+            os.write(self._wake_fd, (1).to_bytes(8, "little"))
+        except OSError:
+            pass
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        if self._wake_fd >= 0:
+            os.close(self._wake_fd)
+            self._wake_fd = -1
+
+
+def spawn(recording: str) -> AgentHandle:
+    """Start the agent that fills ``recording``; returns in some 20 ms, when it is on its way, not when it is ready.
+
+    The process is started with ``posix_spawn``, which does not copy the caller's page tables as ``fork`` does (0.36 s for
+    8 GB, and its pages stay pinned), and detaches itself, so that it is no child of the caller afterwards. Raises
+    AgentError if it cannot be started.
+    """
+    command = [_python(), "-I", "-S", _ENTRY, recording]
+    if not hasattr(os, "posix_spawn"):
+        return _spawn_elsewhere(command)
+    read_fd, wake_fd = _wake_pair()
+    null = os.devnull
+    quiet = [] if os.environ.get("MEMTRACK_DEBUG") else [(os.POSIX_SPAWN_OPEN, 2, null, os.O_WRONLY, 0)]
+    actions = [(os.POSIX_SPAWN_DUP2, read_fd, 0), (os.POSIX_SPAWN_OPEN, 1, null, os.O_WRONLY, 0), *quiet]
+    try:
+        pid = os.posix_spawn(command[0], command, os.environ, file_actions=actions)
+    except OSError as exc:
+        os.close(wake_fd)
+        raise AgentError(f"cannot start the agent with {command[0]}: {exc.strerror}") from exc
+    finally:
+        if read_fd != wake_fd:
+            os.close(read_fd)
+    _reap(pid)
+    return AgentHandle(wake_fd)
+
+
+def _wake_pair() -> tuple[int, int]:
+    """Descriptors to read from and to write to; one eventfd serves as both where there is such a thing (Linux)."""
+    if hasattr(os, "eventfd"):
+        fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        return fd, fd
+    read_fd, write_fd = os.pipe()
+    os.set_blocking(write_fd, False)
+    return read_fd, write_fd
+
+
+def _reap(pid: int) -> None:
+    """Collect the process that was started; it exits as soon as it has forked the agent proper."""
+    deadline = monotonic() + _START_TIMEOUT_S
+    while monotonic() < deadline:
+        try:
+            done, status = os.waitpid(pid, os.WNOHANG)
+        except ChildProcessError:
+            return  # SIGCHLD is ignored, or somebody else has collected it
+        if done:
+            if status:
+                raise AgentError(f"the agent did not start: wait status {status}. MEMTRACK_DEBUG=1 shows its output.")
+            return
+        sleep(0.001)
+    raise AgentError(f"the agent did not start within {_START_TIMEOUT_S:g} s")
+
+
+def _spawn_elsewhere(command: list[str]) -> AgentHandle:
+    """Windows: no inherited descriptor wakes the agent there, it looks at the control words at each tick."""
+    import subprocess
+
+    flags = getattr(subprocess, "CREATE_NO_WINDOW", 0)
+    try:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, creationflags=flags)
+    except OSError as exc:
+        raise AgentError(f"cannot start the agent with {command[0]}: {exc}") from exc
+    process.returncode = 0  # it is left to itself; without this, Popen would warn that it still runs
+    return AgentHandle(-1)
+
+
+def _python() -> str:
+    """The interpreter; embedded ones (uwsgi, notebooks in an application) do not know theirs."""
+    found: str | None = sys.executable
+    if not found or "python" not in os.path.basename(found).lower():
+        import shutil
+
+        found = shutil.which("python3")
+    if not found:
+        raise AgentError("no Python interpreter found for the agent: sys.executable is empty and python3 not on PATH")
+    return found

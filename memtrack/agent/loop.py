@@ -1,0 +1,235 @@
+"""The agent's loop: wait for the next deadline, a request, or the death of the training process."""
+
+from __future__ import annotations
+
+import gc
+import os
+import select
+import sys
+from time import monotonic_ns, process_time_ns, time_ns
+
+from memtrack import collectors, metrics
+from memtrack.collectors.own import GaugeCollector, OwnCollector
+from memtrack.collectors.procfs import start_ticks
+from memtrack.recording import layout
+from memtrack.recording.layout import ENDED, RUNNING, STOPPED, Head
+from memtrack.recording.writer import RecordingWriter
+from memtrack.sampling.cadence import Budget
+from memtrack.sampling.sampler import Sampler
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from memtrack.collectors.base import Sample
+    from memtrack.sampling.window import Row
+
+WAKE_FD = 0
+LIMIT_NEAR_PCT = 5.0
+
+
+class Agent:
+    """Samples one training process into one recording until it dies or somebody says stop."""
+
+    def __init__(self, path: str, wake_fd: int = WAKE_FD) -> None:
+        with open(path, "rb") as file:
+            fields = layout.unpack_header(file.read(layout.PAGE), path)
+        self._pid = int(fields["pid"])
+        self._start_ticks = int(fields["start_ticks"])
+        self._writer = RecordingWriter(path)
+        self._marks = self._writer.marks
+        self._wake_fd = wake_fd
+        self._pid_fd = self._open_pid()
+        own = OwnCollector(process_time_ns, self._counters)
+        now_ns = monotonic_ns()
+        found, self._limit_source = collectors.build(self._pid, exclude=os.getpid())
+        self._sampler = Sampler(
+            [*found, GaugeCollector(self._marks.gauges), own],
+            interval_s=float(fields["interval_s"]),
+            tick_s=float(fields["tick_s"]),
+            budget=Budget(float(fields["cpu_budget_pct"]) / 100.0, now_ns, process_time_ns()),
+            now_ns=now_ns,
+            cpu_clock_ns=process_time_ns,
+            on_window=self._store,
+        )
+        self._head = Head()
+        self._head.state = RUNNING
+        self._head.agent_pid = os.getpid()
+        self._limit_near = False
+        self._writer.event("start", now_ns, text=f"agent {os.getpid()} watches {self._pid}")
+
+    def run(self) -> None:
+        """Sample until the end, then finish the recording."""
+        poll = select.poll() if hasattr(select, "poll") else None
+        if poll is not None:
+            poll.register(self._wake_fd, select.POLLIN)
+            if self._pid_fd >= 0:
+                poll.register(self._pid_fd, select.POLLIN)
+        state = RUNNING
+        while state == RUNNING:
+            wait_ms = max((self._sampler.due_ns - monotonic_ns()) / 1e6, 0.0)
+            ready = [fd for fd, _ in poll.poll(wait_ms)] if poll is not None else self._sleep(wait_ms)
+            if self._pid_fd in ready or (self._pid_fd < 0 and not self._alive()):
+                state = ENDED
+            elif self._wake_fd in ready:
+                state = self._serve()
+            if state == RUNNING and monotonic_ns() >= self._sampler.due_ns:
+                self._tick()
+        self._finish(state)
+
+    # -- one turn ---------------------------------------------------------------------------------------------------
+
+    def _tick(self) -> None:
+        marks = self._marks.drain()
+        for mark in marks:
+            if mark.kind == layout.MARK:
+                self._writer.event("mark", mark.time_ns, mark.place.step, mark.value, self._marks.name(mark.name))
+        self._sampler.tick(monotonic_ns(), time_ns(), self._marks.place(), marks)
+        self._publish()
+
+    def _serve(self) -> int:
+        """A request came from the training process: cut the window, or stop."""
+        try:
+            os.read(self._wake_fd, 8)
+        except BlockingIOError:
+            return RUNNING
+        except OSError:
+            pass
+        if self._marks.control(layout.STOP):
+            return STOPPED
+        cut = self._marks.control(layout.CUT)
+        if cut != self._head.cut:
+            self._tick()
+            now_ns = monotonic_ns()
+            if self._sampler.row.cells:
+                self._sampler.cut(now_ns, time_ns())
+            self._sampler.restart_windows(now_ns)
+            self._head.cut = cut
+            self._publish()
+        return RUNNING
+
+    def _finish(self, state: int) -> None:
+        now_ns = monotonic_ns()
+        if state == STOPPED:
+            self._tick()
+        if self._sampler.row.cells:
+            self._sampler.cut(now_ns, time_ns())
+        self._writer.event("stop" if state == STOPPED else "exit", now_ns, self._head.step)
+        self._head.state = state
+        self._head.cut = self._marks.control(layout.CUT)
+        self._publish()
+        self._writer.sync()
+        self._sampler.close()
+        self._writer.close()
+
+    def _publish(self) -> None:
+        head, sampler = self._head, self._sampler
+        latest = sampler.latest
+        place = self._marks.place()
+        head.tick_ns = monotonic_ns()
+        head.wall_ns = time_ns()
+        head.step, head.epoch, head.phase = place.step, place.epoch, place.phase
+        nan = float("nan")
+        head.rss_mib = latest.get(metrics.RSS, nan)
+        head.usage_mib = latest.get(metrics.CONTAINER_USAGE, nan)
+        head.available_mib = latest.get(metrics.HOST_AVAILABLE, nan)
+        head.agent_rss_mib = latest.get(metrics.SELF_AGENT_RSS, 0.0)
+        head.agent_cpu_ns = process_time_ns()
+        head.late_max_ms = sampler.late_max_ms
+        head.ticks = sampler.ticks
+        self._watch_limit(latest.get(metrics.CONTAINER_HEADROOM, nan), head)
+        self._writer.publish(head)
+
+    def _watch_limit(self, headroom_pct: float, head: Head) -> None:
+        head.headroom_pct = headroom_pct
+        limit_mib = self._sampler.latest.get(metrics.CONTAINER_LIMIT)
+        if limit_mib is not None and limit_mib != head.limit_mib:
+            if head.limit_source:
+                self._writer.event("limit_changed", head.tick_ns, head.step, limit_mib, self._limit_source())
+            head.limit_mib = limit_mib
+            head.limit_source = self._limit_source()
+        near = headroom_pct < LIMIT_NEAR_PCT
+        if near and not self._limit_near:
+            self._writer.event("limit_near", head.tick_ns, head.step, headroom_pct, head.limit_source)
+        self._limit_near = near
+
+    def _store(self, row: Row) -> None:
+        self._writer.append(row)
+        for phase in sorted(self._sampler.touched):
+            self._writer.put_phase(self._sampler.phases[phase])
+
+    def _counters(self) -> list[Sample]:
+        sampler = self._sampler
+        late_ms, sampler.late_max_ms = sampler.late_max_ms, 0.0
+        self._writer.dropped = sampler.dropped + self._marks.overrun + self._marks.control(layout.MARKS_REFUSED)
+        return [
+            (metrics.SELF_LATENESS, late_ms),
+            (metrics.SELF_MERGED, float(self._writer.merged)),
+            (metrics.SELF_DROPPED, float(self._writer.dropped)),
+        ]
+
+    # -- the life of the training process ---------------------------------------------------------------------------
+
+    def _open_pid(self) -> int:
+        """A descriptor that becomes readable when the process dies; -1 where the system has none."""
+        try:
+            fd = os.pidfd_open(self._pid)
+        except (AttributeError, OSError):
+            fd = -1
+        if not self._alive():
+            raise ProcessLookupError(f"process {self._pid} is gone")
+        return fd
+
+    def _alive(self) -> bool:
+        """Whether the process that was meant is there, and not another one that got its pid."""
+        if sys.platform != "linux":
+            import psutil
+
+            return bool(psutil.pid_exists(self._pid))
+        try:
+            return start_ticks(self._pid) == self._start_ticks
+        except OSError:
+            return False
+
+    def _sleep(self, wait_ms: float) -> list[int]:
+        """Windows cannot poll a pipe: look at the control words at each turn."""
+        from time import sleep
+
+        sleep(wait_ms / 1000.0)
+        stop, cut = self._marks.control(layout.STOP), self._marks.control(layout.CUT)
+        return [self._wake_fd] if stop or cut != self._head.cut else []
+
+
+def main(path: str) -> int:
+    """Watch the process that the recording at ``path`` names. Returns the exit status."""
+    _ignore_signals()
+    # nothing here makes reference cycles, and the collector's passes would cost more than they find
+    gc.disable()
+    try:
+        Agent(path).run()
+    except Exception as exc:
+        try:
+            _note_error(path, f"{type(exc).__name__}: {exc}")
+        except OSError:
+            pass
+        if sys.stderr is not None:
+            sys.stderr.write(f"memtrack agent: {type(exc).__name__}: {exc}\n")
+        return 1
+    return 0
+
+
+def _ignore_signals() -> None:
+    """What ends a job or a terminal also reaches the agent; it ends by itself once the training process is dead."""
+    import _signal  # the module signal would load enum, half a MiB
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(_signal, name, None)
+        if number is not None:
+            _signal.signal(number, _signal.SIG_IGN)
+
+
+def _note_error(path: str, text: str) -> None:
+    writer = RecordingWriter(path)
+    writer.event("error", monotonic_ns(), text=text)
+    head = Head()
+    head.state = STOPPED
+    writer.publish(head)
+    writer.close()

@@ -1,0 +1,356 @@
+"""The layout of a recording, version 1, and how its parts are packed.
+
+A recording is one file of a fixed size, allocated up front. All numbers are little-endian; times are nanoseconds.
+
+    ===========  ==========================  =====================================================================
+    offset       written by                  holds
+    ===========  ==========================  =====================================================================
+    0            whoever creates the file    header: magic, version, length, crc32, then ``key=value`` lines
+    4 Ki         the agent, each tick        head: two alternating slots of 512 bytes, see :class:`Head`
+    8 Ki         the trainer                 control words, two "now" slots, 61 gauges: lines of 64 bytes
+    12 Ki        the trainer                 ring of 512 marks, 64 bytes each: phases, epochs, named marks
+    44 Ki        the trainer                 256 names of 64 bytes: phases, marks, gauges
+    60 Ki        the agent                   256 names of 64 bytes: metrics
+    76 Ki        the agent                   ring of 512 events, 128 bytes each
+    140 Ki       whoever delivers            cursors of 32 sinks: two alternating lines of 64 bytes each
+    144 Ki       the agent                   rows of 32 phases (the first: of everything), two alternating pages each
+    400 Ki       the agent                   windows: one page each. The first half is a ring of the newest windows,
+                                             addressed by number; the second half holds merged history
+    ===========  ==========================  =====================================================================
+
+Who writes what never overlaps, so nothing is locked. Three rules keep every part readable after ``kill -9`` at any
+instruction, and while it is written:
+
+- *Slots* (head, now, cursors, phase rows) come in pairs that are written in turn, so that the last complete one stands
+  while the next is written. The newest valid one counts.
+- A slot or line of 64 bytes in mapped memory is ``sequence word | body``. The writer sets the word to 0, copies the body
+  with one slice assignment, and sets the word to the slot's number. ``struct.pack_into`` is never used on a map: it
+  clears the target first.
+- Whatever is written with ``pwrite`` carries a crc32 and lies within one page. A page of windows is only overwritten
+  once its content stands merged on another page; where two pages tell of the same window, the merged one counts.
+"""
+
+from __future__ import annotations
+
+import struct
+from binascii import crc32
+
+from memtrack.errors import RecordingFormatError
+from memtrack.sampling.window import Cell, Place, Row
+
+MAGIC = b"MEMTRACK"
+VERSION = 1
+PAGE = 4096
+LINE = 64
+
+HEAD = 4096
+HEAD_SLOT = 512
+CONTROL = 8192
+NOW = CONTROL + LINE
+GAUGES = CONTROL + 3 * LINE
+GAUGE_COUNT = 61
+MARKS = 12 * 1024
+MARK_COUNT = 512
+NAMES = 44 * 1024
+METRICS = 60 * 1024
+NAME_COUNT = 256
+EVENTS = 76 * 1024
+EVENT_SIZE = 128
+EVENT_COUNT = 512
+CURSORS = 140 * 1024
+CURSOR_COUNT = 32
+PHASES = 144 * 1024
+PHASE_COUNT = 32
+WINDOWS = 400 * 1024
+
+MIN_SIZE = 1 << 20
+DEFAULT_SIZE = 4 << 20
+
+MAX_CELLS = (PAGE - LINE) // LINE
+MAX_DEPTH = 8
+
+# control words, counted in 8 bytes from CONTROL
+CUT, STOP, MARKS_WRITTEN, NAMES_WRITTEN, MARKS_REFUSED = range(5)
+
+# states of the agent
+STARTING, RUNNING, STOPPED, ENDED = range(4)
+STATES = ("starting", "running", "stopped", "ended")
+
+# kinds of mark
+PHASE_BEGIN, PHASE_END, EPOCH, MARK = range(1, 5)
+
+
+class Layout:
+    """Where the windows lie in a recording of ``size`` bytes."""
+
+    __slots__ = ("bins", "bins_start", "ring", "size")
+
+    def __init__(self, size: int) -> None:
+        pages = (size - WINDOWS) // PAGE
+        self.size = size
+        self.ring = pages // 2
+        """Pages for the newest windows."""
+        self.bins = pages - self.ring
+        """Pages for merged history."""
+        self.bins_start = WINDOWS + self.ring * PAGE
+
+    def ring_offset(self, number: int) -> int:
+        """Where window ``number`` lies while it is among the newest."""
+        return WINDOWS + (number % self.ring) * PAGE
+
+    def bin_offset(self, index: int) -> int:
+        """Where page ``index`` of the history lies."""
+        return self.bins_start + index * PAGE
+
+    @staticmethod
+    def phase_offset(phase: int, turn: int) -> int:
+        """Where the row of a phase lies; ``turn`` alternates."""
+        return PHASES + (2 * phase + (turn & 1)) * PAGE
+
+
+# -- header ---------------------------------------------------------------------------------------------------------
+
+_HEADER = struct.Struct("<8sIII")
+
+
+def pack_header(fields: dict[str, str]) -> bytes:
+    """The header page. Values must not hold line breaks; keys neither these nor ``=``."""
+    text = "".join(f"{key}={value}\n" for key, value in fields.items()).encode()
+    if _HEADER.size + len(text) > PAGE:
+        raise ValueError(f"header of {len(text)} bytes does not fit a page")
+    return _HEADER.pack(MAGIC, VERSION, len(text), crc32(text)) + text
+
+
+def unpack_header(page: bytes, path: str) -> dict[str, str]:
+    """The fields of a header page; RecordingFormatError if ``path`` is no recording, damaged, or too new."""
+    if len(page) < _HEADER.size:
+        raise RecordingFormatError(f"{path}: not a memtrack recording (shorter than its header)")
+    magic, version, length, crc = _HEADER.unpack_from(page)
+    if magic != MAGIC:
+        raise RecordingFormatError(f"{path}: not a memtrack recording (it does not begin with {MAGIC.decode()})")
+    if version != VERSION:
+        raise RecordingFormatError(
+            f"{path}: recording of layout {version}, this memtrack reads {VERSION}. Upgrade with: pip install -U memtrack"
+        )
+    text = page[_HEADER.size : _HEADER.size + length]
+    if len(text) != length or crc32(text) != crc:
+        raise RecordingFormatError(f"{path}: the header is damaged (checksum)")
+    return dict(line.split("=", 1) for line in text.decode().splitlines())
+
+
+# -- names ----------------------------------------------------------------------------------------------------------
+
+
+def pack_name(name: str) -> bytes:
+    """A line of 64 bytes: length, then UTF-8. A longer name keeps its end, which tells more."""
+    text = name.encode()
+    if len(text) > LINE - 1:
+        text = text[-(LINE - 1) :].decode(errors="ignore").encode()
+    return (bytes((len(text),)) + text).ljust(LINE, b"\0")
+
+
+def unpack_names(table: bytes) -> list[str]:
+    """The names in use, by id: a table is filled from its beginning."""
+    names = []
+    for offset in range(0, len(table), LINE):
+        length = table[offset]
+        if not 0 < length < LINE:
+            break
+        names.append(table[offset + 1 : offset + 1 + length].decode(errors="replace"))
+    return names
+
+
+# -- head -----------------------------------------------------------------------------------------------------------
+
+_HEAD = struct.Struct("<BxxxIqqQQQddddqqHxxxxxxIIQqddd96s")
+
+
+class Head:
+    """What the agent publishes at each tick, so that a reader knows where things stand without reading windows."""
+
+    __slots__ = (
+        "agent_cpu_ns", "agent_pid", "agent_rss_mib", "available_mib", "bin_width", "cut", "dropped", "epoch",
+        "headroom_pct", "late_max_ms", "limit_mib", "limit_source", "merged", "phase", "rss_mib", "state", "step",
+        "tick_ns", "ticks", "usage_mib", "wall_ns", "windows",
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        self.state = STARTING
+        self.agent_pid = 0
+        self.tick_ns = 0
+        """Monotonic time of the last tick."""
+        self.wall_ns = 0
+        """Wall clock at that tick."""
+        self.windows = 0
+        """Number of windows finished; the newest has the number ``windows - 1``."""
+        self.cut = 0
+        """The last request to cut the current window that was served."""
+        self.bin_width = 1
+        """How many windows a page of the history holds."""
+        self.rss_mib = self.usage_mib = self.headroom_pct = self.available_mib = float("nan")
+        """The last sample; NaN where there is none."""
+        self.step = self.epoch = -1
+        self.phase = 0
+        self.merged = 0
+        self.dropped = 0
+        self.ticks = 0
+        self.agent_cpu_ns = 0
+        self.agent_rss_mib = 0.0
+        self.late_max_ms = 0.0
+        self.limit_mib = float("nan")
+        self.limit_source = ""
+
+    def pack(self) -> bytes:
+        """The body of a slot."""
+        return _HEAD.pack(
+            self.state, self.agent_pid, self.tick_ns, self.wall_ns, self.windows, self.cut, self.bin_width,
+            self.rss_mib, self.usage_mib, self.headroom_pct, self.available_mib, self.step, self.epoch, self.phase,
+            self.merged, self.dropped, self.ticks, self.agent_cpu_ns, self.agent_rss_mib, self.late_max_ms,
+            self.limit_mib, self.limit_source.encode()[:96],
+        )  # fmt: skip
+
+    @classmethod
+    def unpack(cls, body: bytes) -> Head:
+        """The head from the body of a slot."""
+        head = cls()
+        (
+            head.state, head.agent_pid, head.tick_ns, head.wall_ns, head.windows, head.cut, head.bin_width,
+            head.rss_mib, head.usage_mib, head.headroom_pct, head.available_mib, head.step, head.epoch, head.phase,
+            head.merged, head.dropped, head.ticks, head.agent_cpu_ns, head.agent_rss_mib, head.late_max_ms,
+            head.limit_mib, source,
+        ) = _HEAD.unpack_from(body)  # fmt: skip
+        head.limit_source = source.rstrip(b"\0").decode(errors="replace")
+        return head
+
+
+HEAD_BODY = _HEAD.size
+
+# -- windows --------------------------------------------------------------------------------------------------------
+
+_ROW = struct.Struct("<IHHQQqqqq")
+_CELL = struct.Struct("<ddddfIqqiHBB")
+
+
+def pack_row(row: Row, ids: dict[str, int]) -> bytes:
+    """One page or less: the row's line, then a line a cell. Cells whose metric has no id are left out."""
+    cells = [
+        _CELL.pack(
+            cell.min, cell.max, cell.mean, cell.last, cell.seconds, cell.count, cell.max_ns, cell.step, cell.epoch,
+            cell.phase, ids[metric], cell.label,
+        )
+        for metric, cell in row.cells.items()
+        if metric in ids
+    ]  # fmt: skip
+    del cells[MAX_CELLS:]
+    body = _ROW.pack(0, len(cells), 0, row.first, row.last, row.start_ns, row.end_ns, row.end_wall_ns, row.step)
+    body = body.ljust(LINE, b"\0") + b"".join(cells)
+    return crc32(body[4:]).to_bytes(4, "little") + body[4:]
+
+
+def unpack_row(page: bytes, metrics: list[str]) -> Row | None:
+    """The row of a page; None if the page is empty, torn or damaged."""
+    if len(page) < LINE:
+        return None
+    crc, count, _, first, last, start_ns, end_ns, wall_ns, step = _ROW.unpack_from(page)
+    end = LINE * (1 + count)
+    if crc == 0 or end > len(page) or crc32(page[4:end]) != crc:
+        return None
+    row = Row(first, start_ns)
+    row.last, row.end_ns, row.end_wall_ns, row.step = last, end_ns, wall_ns, step
+    for fields in _CELL.iter_unpack(page[LINE:end]):
+        metric = fields[10]
+        if metric < len(metrics):
+            row.cells[metrics[metric]] = _cell(fields)
+    return row
+
+
+def _cell(fields: tuple[float, ...]) -> Cell:
+    cell = Cell.__new__(Cell)
+    (
+        cell.min, cell.max, cell.mean, cell.last, cell.seconds, cell.count, cell.max_ns, cell.step, cell.epoch,
+        cell.phase, _, cell.label,
+    ) = fields  # type: ignore[assignment]  # fmt: skip
+    return cell
+
+
+# -- events ---------------------------------------------------------------------------------------------------------
+
+_EVENT = struct.Struct("<IHHQqqd88s")
+
+
+class Event:
+    """Something that happened, with the number it has among all events of the recording."""
+
+    __slots__ = ("kind", "number", "step", "text", "time_ns", "value")
+
+    def __init__(self, number: int, kind: str, time_ns: int, step: int, value: float, text: str) -> None:
+        self.number = number
+        self.kind = kind
+        self.time_ns = time_ns
+        self.step = step
+        self.value = value
+        self.text = text
+
+    def __repr__(self) -> str:
+        return f"Event({self.number}, {self.kind!r}, step={self.step}, value={self.value:g}, {self.text!r})"
+
+
+EVENT_KINDS = ("", "start", "stop", "exit", "new_peak", "limit_near", "mark", "gap", "error", "limit_changed")
+
+
+def pack_event(event: Event) -> bytes:
+    """A record of 128 bytes with its crc."""
+    text = event.text.encode()[:88]
+    body = _EVENT.pack(
+        0, EVENT_KINDS.index(event.kind), len(text), event.number, event.time_ns, event.step, event.value, text
+    )[4:]
+    return crc32(body).to_bytes(4, "little") + body
+
+
+def unpack_event(record: bytes) -> Event | None:
+    """The event of a record; None if it is empty, torn or damaged."""
+    crc, kind, length, number, time_ns, step, value, text = _EVENT.unpack(record)
+    if crc == 0 or crc32(record[4:]) != crc or kind >= len(EVENT_KINDS):
+        return None
+    return Event(number, EVENT_KINDS[kind], time_ns, step, value, text[:length].decode(errors="replace"))
+
+
+# -- marks ----------------------------------------------------------------------------------------------------------
+
+MARK_BODY = struct.Struct("<BBHiqqd")
+MARK_PATH = struct.Struct(f"<{MAX_DEPTH}H")
+NOW_BODY = struct.Struct("<qq")
+GAUGE_BODY = struct.Struct("<dqq")
+
+
+class Mark:
+    """One entry of the ring of marks, with the state after it: step, epoch and the open phases."""
+
+    __slots__ = ("kind", "name", "place", "time_ns", "value")
+
+    def __init__(self, body: bytes) -> None:
+        kind, depth, name, epoch, step, time_ns, value = MARK_BODY.unpack_from(body)
+        self.kind: int = kind
+        self.name: int = name
+        self.time_ns: int = time_ns
+        self.value: float = value
+        self.place = Place(step, epoch, MARK_PATH.unpack_from(body, MARK_BODY.size)[: min(depth, MAX_DEPTH)])
+
+
+# -- cursors --------------------------------------------------------------------------------------------------------
+
+_CURSOR = struct.Struct("<IIQ40s")
+
+
+def pack_cursor(turn: int, delivered: int, name: str) -> bytes:
+    """A line of 64 bytes: crc, turn, number of the first window not yet delivered, and which sink it is."""
+    body = _CURSOR.pack(0, turn, delivered, name.encode()[-40:])[4:].ljust(LINE - 4, b"\0")
+    return crc32(body).to_bytes(4, "little") + body
+
+
+def unpack_cursor(line: bytes) -> tuple[int, int, str] | None:
+    """Turn, first window not delivered, and sink; None if the line is empty or torn."""
+    crc, turn, delivered, name = _CURSOR.unpack_from(line)
+    if crc == 0 or crc32(line[4:]) != crc:
+        return None
+    return turn, delivered, name.rstrip(b"\0").decode(errors="replace")

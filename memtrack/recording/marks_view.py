@@ -1,0 +1,100 @@
+"""The trainer's marks as the agent and readers see them."""
+
+from __future__ import annotations
+
+from memtrack.recording import layout
+from memtrack.recording.layout import Mark
+from memtrack.sampling.window import Place
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any
+
+
+class MarkReader:
+    """The trainer's part of a recording, seen by the agent: ``part`` is the recording's memory up to METRICS.
+
+    Reading is validated by sequence numbers: a slot that is being written is passed over for the other one.
+    """
+
+    def __init__(self, part: Any) -> None:
+        self._bytes = memoryview(part)
+        self._words = self._bytes.cast("Q")
+        self._next_mark = 0
+        self._names: list[str] = [""]
+        self.overrun = 0
+        """Marks that were overwritten before they were read."""
+
+    def close(self) -> None:
+        """Release the views, so that the map can be closed."""
+        self._words.release()
+        self._bytes.release()
+
+    def control(self, word: int) -> int:
+        """A control word: CUT or STOP, or one of the counters."""
+        return self._words[layout.CONTROL // 8 + word]
+
+    def place(self) -> Place:
+        """Where the training stands now."""
+        step, epoch = self._now()
+        phases: tuple[int, ...] = ()
+        written = self.control(layout.MARKS_WRITTEN)
+        # the newest mark, or the one before it should it be in the making
+        for number in range(written, max(written - 2, 0), -1):
+            mark = self._mark(number)
+            if mark is not None:
+                phases = mark.place.phases
+                break
+        return Place(step, epoch, phases)
+
+    def drain(self) -> list[Mark]:
+        """The marks written since the last call, oldest first."""
+        written = self.control(layout.MARKS_WRITTEN)
+        first = max(self._next_mark, written - layout.MARK_COUNT)
+        self.overrun += first - self._next_mark
+        self._next_mark = written
+        found = (self._mark(number) for number in range(first + 1, written + 1))
+        return [mark for mark in found if mark is not None]
+
+    def gauges(self) -> Iterator[tuple[str, float]]:
+        """Name and value of each gauge that was set."""
+        line = layout.GAUGES // 8
+        for _ in range(layout.GAUGE_COUNT):
+            turn = self._words[line]
+            if turn == 0:
+                return
+            at = line * 8 + 8
+            value, _, name = layout.GAUGE_BODY.unpack(bytes(self._bytes[at : at + layout.GAUGE_BODY.size]))
+            if self._words[line] == turn:
+                yield self.name(name), value
+            line += layout.LINE // 8
+
+    def name(self, number: int) -> str:
+        """The name with this id."""
+        if number >= len(self._names):
+            start = layout.NAMES
+            end = start + layout.NAME_COUNT * layout.LINE
+            self._names = ["", *layout.unpack_names(bytes(self._bytes[start:end]))]
+        return self._names[number] if number < len(self._names) else ""
+
+    def _now(self) -> tuple[int, int]:
+        line = layout.NOW // 8
+        for _ in range(8):
+            turns = self._words[line], self._words[line + 8]
+            at = line if turns[0] > turns[1] else line + 8
+            body = bytes(self._bytes[at * 8 + 8 : at * 8 + 8 + layout.NOW_BODY.size])
+            if max(turns) == 0:
+                break
+            if self._words[at] == max(turns):
+                step, epoch = layout.NOW_BODY.unpack(body)
+                return step, epoch
+        return -1, -1
+
+    def _mark(self, number: int) -> Mark | None:
+        """Mark ``number``, counted from 1; None if it is being written or was overwritten."""
+        at = layout.MARKS + (number % layout.MARK_COUNT) * layout.LINE
+        if self._words[at // 8] != number:
+            return None
+        body = bytes(self._bytes[at + 8 : at + layout.LINE])
+        return Mark(body) if self._words[at // 8] == number else None

@@ -1,0 +1,175 @@
+"""Reading a recording: live from another process, or after everybody is dead. Tolerant of whatever a kill leaves."""
+
+from __future__ import annotations
+
+import os
+
+from memtrack.errors import RecordingError
+from memtrack.recording import layout
+from memtrack.recording.layout import Event, Head, Layout
+from memtrack.recording.marks_view import MarkReader
+from memtrack.sampling.window import Place, Row
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class RecordingReader:
+    """The parts of a recording, read with ``pread`` so that no more memory is held than what was asked for.
+
+    Opening raises RecordingError or RecordingFormatError; reading never raises for damaged content: what is damaged is
+    left out. Safe to use from several threads.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as exc:
+            raise RecordingError(f"cannot open the recording {path}: {exc.strerror}") from exc
+        try:
+            size = os.fstat(self._fd).st_size
+            self.fields = layout.unpack_header(os.pread(self._fd, layout.PAGE, 0), path)
+            if size < layout.MIN_SIZE or size != int(self.fields.get("size", size)):
+                raise layout.RecordingFormatError(f"{path}: {size} bytes, its header says {self.fields.get('size')}")
+        except BaseException:
+            os.close(self._fd)
+            raise
+        self.layout = Layout(size)
+        self._metrics: list[str] = []
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> RecordingReader:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # -- head, names, events ----------------------------------------------------------------------------------------
+
+    def head(self) -> Head:
+        """What the agent published last; an empty head if it has published nothing."""
+        for _ in range(8):
+            slots = self._read(layout.HEAD, 2 * layout.HEAD_SLOT)
+            turns = [int.from_bytes(slots[at : at + 8], "little") for at in (0, layout.HEAD_SLOT)]
+            at = 0 if turns[0] > turns[1] else layout.HEAD_SLOT
+            if max(turns) == 0:
+                break
+            # pread is no snapshot: the slot counts only if its turn still stands after its body was read
+            again = self._read(layout.HEAD + at, 8)
+            if int.from_bytes(again, "little") == max(turns):
+                return Head.unpack(slots[at + 8 : at + 8 + layout.HEAD_BODY])
+        return Head()
+
+    def metrics(self) -> list[str]:
+        """Metric names by id."""
+        self._metrics = layout.unpack_names(self._read(layout.METRICS, layout.NAME_COUNT * layout.LINE))
+        return self._metrics
+
+    def names(self) -> list[str]:
+        """Names of phases, marks and gauges by id; id 0 is nameless."""
+        return ["", *layout.unpack_names(self._read(layout.NAMES, layout.NAME_COUNT * layout.LINE))]
+
+    def events(self) -> list[Event]:
+        """The newest events, oldest first."""
+        ring = self._read(layout.EVENTS, layout.EVENT_COUNT * layout.EVENT_SIZE)
+        found = (
+            layout.unpack_event(ring[at : at + layout.EVENT_SIZE]) for at in range(0, len(ring), layout.EVENT_SIZE)
+        )
+        return sorted((event for event in found if event is not None), key=lambda event: event.number)
+
+    def place(self) -> Place:
+        """Step, epoch and open phases as the trainer marked them last."""
+        return MarkReader(self._read(0, layout.NAMES)).place()
+
+    # -- windows ----------------------------------------------------------------------------------------------------
+
+    def window(self, number: int) -> Row | None:
+        """Window ``number`` if it is still among the newest, at full resolution."""
+        page = self._read(self.layout.ring_offset(number), layout.PAGE)
+        row = layout.unpack_row(page, self._metrics or self.metrics())
+        if row is not None and row.first == number:
+            return row
+        return None
+
+    def windows(self, since: int = 0) -> Iterator[Row]:
+        """All windows from number ``since`` on, oldest first: merged history, then the newest at full resolution.
+
+        A merged row that ends at or after ``since`` is included whole. One row is in memory at a time.
+        """
+        self.metrics()
+        done = since - 1
+        for _, offset in self._history_index(since):
+            row = layout.unpack_row(self._read(offset, layout.PAGE), self._metrics)
+            if row is not None and row.last > done:
+                yield row
+                done = row.last
+        newest = self._newest_number()
+        for number in range(max(done + 1, newest - self.layout.ring + 1, 0), newest + 1):
+            row = self.window(number)
+            if row is not None:
+                yield row
+
+    def _history_index(self, since: int) -> list[tuple[int, int]]:
+        """(first window, offset) of the pages of history that count: of pages that overlap, the one that holds more."""
+        pages = []
+        for index in range(self.layout.bins):
+            offset = self.layout.bin_offset(index)
+            row = layout.unpack_row(self._read(offset, layout.PAGE), [])
+            if row is not None and row.last >= since:
+                pages.append((row.first, -row.last, offset))
+        pages.sort()
+        kept: list[tuple[int, int]] = []
+        end = -1
+        for first, last, offset in pages:
+            if -last > end:
+                kept.append((first, offset))
+                end = -last
+        return kept
+
+    def _newest_number(self) -> int:
+        """From the head, or a window or two further if the agent died between writing a window and its head."""
+        newest = self.head().windows - 1
+        while self.window(newest + 1) is not None:
+            newest += 1
+        return newest
+
+    def phases(self) -> dict[str, Row]:
+        """What is known of each phase, by its path such as ``train/forward``; ``""`` is the whole recording."""
+        self.metrics()
+        names = self.names()
+        found: dict[str, Row] = {}
+        for slot in range(layout.PHASE_COUNT):
+            rows = [
+                layout.unpack_row(self._read(Layout.phase_offset(slot, turn), layout.PAGE), self._metrics)
+                for turn in (0, 1)
+            ]
+            whole = [row for row in rows if row is not None]
+            if whole:
+                newest = max(whole, key=lambda row: row.end_ns)
+                if newest.first < len(names):
+                    found[names[newest.first]] = newest
+        return found
+
+    # -- cursors ----------------------------------------------------------------------------------------------------
+
+    def cursors(self) -> dict[str, int]:
+        """The first window that each sink has not got yet."""
+        newest: dict[str, tuple[int, int]] = {}
+        table = self._read(layout.CURSORS, layout.CURSOR_COUNT * 2 * layout.LINE)
+        for at in range(0, len(table), layout.LINE):
+            cursor = layout.unpack_cursor(table[at : at + layout.LINE])
+            if cursor is not None:
+                turn, delivered, name = cursor
+                if name not in newest or newest[name][0] < turn:
+                    newest[name] = (turn, delivered)
+        return {name: delivered for name, (_, delivered) in newest.items()}
+
+    def _read(self, offset: int, size: int) -> bytes:
+        return os.pread(self._fd, size, offset)
