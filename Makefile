@@ -15,11 +15,12 @@ export DO_NOT_TRACK = 1
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# The demo needs nine tenths of what the tests need, so there is one environment. --compile: with
+# The demo needs most of what the tests need, so there is one environment for all. --compile: with
 # PYTHONDONTWRITEBYTECODE set, every start would otherwise compile the trackers again, which takes seconds.
 $(READY): pyproject.toml
 	@echo "setting up $(VENV) (one to two minutes, once) ..."
-	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit("memtrack needs Python 3.10 or newer: make PYTHON=python3.x" if sys.version_info < (3, 10) else 0)'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "memtrack needs Python 3.10 or newer: make PYTHON=python3.x"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) install --upgrade 'pip>=25.1'
 	@echo "  installing memtrack, its extras, and what the tests and the demo need ..."

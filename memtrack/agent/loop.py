@@ -20,10 +20,12 @@ from memtrack.sampling.sampler import Sampler
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from memtrack.collectors.base import Sample
+    from memtrack.recording.layout import Mark
     from memtrack.sampling.window import Row
 
 WAKE_FD = 0
 LIMIT_NEAR_PCT = 5.0
+_NAN = float("nan")
 
 
 class Agent:
@@ -43,17 +45,21 @@ class Agent:
         found, self._limit_source = collectors.build(self._pid, exclude=os.getpid())
         self._sampler = Sampler(
             [*found, GaugeCollector(self._marks.gauges), own],
+            self._marks,
             interval_s=float(fields["interval_s"]),
             tick_s=float(fields["tick_s"]),
             budget=Budget(float(fields["cpu_budget_pct"]) / 100.0, now_ns, process_time_ns()),
             now_ns=now_ns,
             cpu_clock_ns=process_time_ns,
             on_window=self._store,
+            on_phase=self._writer.put_phase,
+            on_marks=self._note_marks,
         )
         self._head = Head()
         self._head.state = RUNNING
         self._head.agent_pid = os.getpid()
         self._limit_near = False
+        self._late_max_ms = 0.0
         self._writer.event("start", now_ns, text=f"agent {os.getpid()} watches {self._pid}")
 
     def run(self) -> None:
@@ -78,87 +84,82 @@ class Agent:
     # -- one turn ---------------------------------------------------------------------------------------------------
 
     def _tick(self) -> None:
-        marks = self._marks.drain()
-        for mark in marks:
-            if mark.kind == layout.MARK:
-                self._writer.event("mark", mark.time_ns, mark.place.step, mark.value, self._marks.name(mark.name))
-        self._sampler.tick(monotonic_ns(), time_ns(), self._marks.place(), marks)
-        self._publish()
+        now_ns = monotonic_ns()
+        self._sampler.tick(now_ns, time_ns())
+        latest = self._sampler.latest
+        self._writer.pulse(
+            now_ns,
+            latest.get(metrics.RSS, _NAN),
+            latest.get(metrics.CONTAINER_USAGE, _NAN),
+            latest.get(metrics.CONTAINER_HEADROOM, _NAN),
+        )
 
     def _serve(self) -> int:
         """A request came from the training process: cut the window, or stop."""
         try:
             os.read(self._wake_fd, 8)
-        except BlockingIOError:
-            return RUNNING
         except OSError:
             pass
         if self._marks.control(layout.STOP):
             return STOPPED
         cut = self._marks.control(layout.CUT)
         if cut != self._head.cut:
-            self._tick()
-            now_ns = monotonic_ns()
-            if self._sampler.row.cells:
-                self._sampler.cut(now_ns, time_ns())
-            self._sampler.restart_windows(now_ns)
+            self._sampler.cut_on_request(monotonic_ns(), time_ns())
             self._head.cut = cut
             self._publish()
         return RUNNING
 
     def _finish(self, state: int) -> None:
-        now_ns = monotonic_ns()
         if state == STOPPED:
             self._tick()
-        if self._sampler.row.cells:
-            self._sampler.cut(now_ns, time_ns())
-        self._writer.event("stop" if state == STOPPED else "exit", now_ns, self._head.step)
+        now_ns = monotonic_ns()
+        self._sampler.finish(now_ns, time_ns())
+        self._writer.event("stop" if state == STOPPED else "exit", now_ns, self._marks.place().step)
         self._head.state = state
         self._head.cut = self._marks.control(layout.CUT)
         self._publish()
         self._writer.sync()
-        self._sampler.close()
         self._writer.close()
 
-    def _publish(self) -> None:
-        head, sampler = self._head, self._sampler
-        latest = sampler.latest
-        place = self._marks.place()
-        head.tick_ns = monotonic_ns()
-        head.wall_ns = time_ns()
-        head.step, head.epoch, head.phase = place.step, place.epoch, place.phase
-        nan = float("nan")
-        head.rss_mib = latest.get(metrics.RSS, nan)
-        head.usage_mib = latest.get(metrics.CONTAINER_USAGE, nan)
-        head.available_mib = latest.get(metrics.HOST_AVAILABLE, nan)
-        head.agent_rss_mib = latest.get(metrics.SELF_AGENT_RSS, 0.0)
-        head.agent_cpu_ns = process_time_ns()
-        head.late_max_ms = sampler.late_max_ms
-        head.ticks = sampler.ticks
-        self._watch_limit(latest.get(metrics.CONTAINER_HEADROOM, nan), head)
-        self._writer.publish(head)
-
-    def _watch_limit(self, headroom_pct: float, head: Head) -> None:
-        head.headroom_pct = headroom_pct
-        limit_mib = self._sampler.latest.get(metrics.CONTAINER_LIMIT)
-        if limit_mib is not None and limit_mib != head.limit_mib:
-            if head.limit_source:
-                self._writer.event("limit_changed", head.tick_ns, head.step, limit_mib, self._limit_source())
-            head.limit_mib = limit_mib
-            head.limit_source = self._limit_source()
-        near = headroom_pct < LIMIT_NEAR_PCT
-        if near and not self._limit_near:
-            self._writer.event("limit_near", head.tick_ns, head.step, headroom_pct, head.limit_source)
-        self._limit_near = near
+    # -- what the sampler hands over --------------------------------------------------------------------------------
 
     def _store(self, row: Row) -> None:
         self._writer.append(row)
-        for phase in sorted(self._sampler.touched):
-            self._writer.put_phase(self._sampler.phases[phase])
+        self._publish()
+
+    def _note_marks(self, marks: list[Mark]) -> None:
+        for mark in marks:
+            if mark.kind == layout.MARK:
+                self._writer.event("mark", mark.time_ns, mark.place.step, mark.value, self._marks.name(mark.name))
+
+    def _publish(self) -> None:
+        head, latest = self._head, self._sampler.latest
+        head.mono_ns = monotonic_ns()
+        head.wall_ns = time_ns()
+        head.agent_rss_mib = latest.get(metrics.SELF_AGENT_RSS, 0.0)
+        head.agent_cpu_ns = process_time_ns()
+        head.late_max_ms = self._late_max_ms
+        head.ticks = self._sampler.ticks
+        self._watch_limit(latest, head)
+        self._writer.publish(head)
+
+    def _watch_limit(self, latest: dict[str, float], head: Head) -> None:
+        limit_mib = latest.get(metrics.CONTAINER_LIMIT)
+        if limit_mib is not None and limit_mib != head.limit_mib:
+            source = self._limit_source()
+            if head.limit_source:
+                self._writer.event("limit_changed", head.mono_ns, -1, limit_mib, source)
+            head.limit_mib, head.limit_source = limit_mib, source
+        headroom_pct = latest.get(metrics.CONTAINER_HEADROOM, 100.0)
+        near = headroom_pct < LIMIT_NEAR_PCT
+        if near and not self._limit_near:
+            self._writer.event("limit_near", head.mono_ns, self._marks.place().step, headroom_pct, head.limit_source)
+        self._limit_near = near
 
     def _counters(self) -> list[Sample]:
         sampler = self._sampler
         late_ms, sampler.late_max_ms = sampler.late_max_ms, 0.0
+        self._late_max_ms = max(self._late_max_ms, late_ms)
         self._writer.dropped = sampler.dropped + self._marks.overrun + self._marks.control(layout.MARKS_REFUSED)
         return [
             (metrics.SELF_LATENESS, late_ms),

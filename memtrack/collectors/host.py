@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 class HostCollector(Collector):
-    """``MemAvailable``, swap in use, and ``/dev/shm`` in use, once a second."""
+    """``MemAvailable``, swap in use, and ``/dev/shm`` in use."""
+
+    period_s = 2.0
 
     def __init__(self, proc: str = "/proc", shm: str = "/dev/shm") -> None:
         self._meminfo = open_held(f"{proc}/meminfo")
@@ -48,6 +50,8 @@ class PressureCollector(Collector):
     A process that thrashes at its limit shows here long before its RSS tells anything; a fast burst of allocations does
     not show at all. Absent on kernels without PSI (before 4.20, or ``psi=0``).
     """
+
+    period_s = 2.0
 
     def __init__(self, proc: str = "/proc") -> None:
         self._file = open_held(f"{proc}/pressure/memory", 256)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 class OwnCollector(Collector):
     """The agent's RSS and its share of one core since the last call, and the counters that ``counters`` gives."""
 
+    period_s = 2.0
+
     def __init__(
         self,
         cpu_clock_ns: Callable[[], int],

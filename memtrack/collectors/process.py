@@ -49,9 +49,16 @@ class ProcessCollector(Collector):
 
 
 class ProcessDetailCollector(Collector):
-    """What the resident memory consists of, once a second, from the text that the tick has read already."""
+    """What the resident memory consists of, every two seconds, from the text that the tick has read already."""
 
-    KINDS = ((metrics.ANON, b"RssAnon:"), (metrics.FILE, b"RssFile:"), (metrics.SHMEM, b"RssShmem:"), (metrics.SWAP, b"VmSwap:"))
+    period_s = 2.0
+
+    KINDS = (
+        (metrics.ANON, b"RssAnon:"),
+        (metrics.FILE, b"RssFile:"),
+        (metrics.SHMEM, b"RssShmem:"),
+        (metrics.SWAP, b"VmSwap:"),
+    )
 
     def __init__(self, process: ProcessCollector, pid: int, proc: str = "/proc") -> None:
         self._process = process

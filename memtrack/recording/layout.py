@@ -6,7 +6,9 @@ A recording is one file of a fixed size, allocated up front. All numbers are lit
     offset       written by                  holds
     ===========  ==========================  =====================================================================
     0            whoever creates the file    header: magic, version, length, crc32, then ``key=value`` lines
-    4 Ki         the agent, each tick        head: two alternating slots of 512 bytes, see :class:`Head`
+    4 Ki         the agent                   head: two alternating slots of 512 bytes, written with each window, see
+                                             :class:`Head`; behind them two lines with the last sample, written at
+                                             each tick, see :class:`Pulse`
     8 Ki         the trainer                 control words, two "now" slots, 61 gauges: lines of 64 bytes
     12 Ki        the trainer                 ring of 512 marks, 64 bytes each: phases, epochs, named marks
     44 Ki        the trainer                 256 names of 64 bytes: phases, marks, gauges
@@ -45,6 +47,7 @@ LINE = 64
 
 HEAD = 4096
 HEAD_SLOT = 512
+PULSE = HEAD + 2 * HEAD_SLOT
 CONTROL = 8192
 NOW = CONTROL + LINE
 GAUGES = CONTROL + 3 * LINE
@@ -162,35 +165,29 @@ def unpack_names(table: bytes) -> list[str]:
 
 # -- head -----------------------------------------------------------------------------------------------------------
 
-_HEAD = struct.Struct("<BxxxIqqQQQddddqqHxxxxxxIIQqddd96s")
+_HEAD = struct.Struct("<BxxxIqqQQQIIQQddd96s")
 
 
 class Head:
-    """What the agent publishes at each tick, so that a reader knows where things stand without reading windows."""
+    """What the agent publishes with each window, so that a reader knows where things stand without reading windows."""
 
     __slots__ = (
-        "agent_cpu_ns", "agent_pid", "agent_rss_mib", "available_mib", "bin_width", "cut", "dropped", "epoch",
-        "headroom_pct", "late_max_ms", "limit_mib", "limit_source", "merged", "phase", "rss_mib", "state", "step",
-        "tick_ns", "ticks", "usage_mib", "wall_ns", "windows",
+        "agent_cpu_ns", "agent_pid", "agent_rss_mib", "bin_width", "cut", "dropped", "late_max_ms", "limit_mib",
+        "limit_source", "merged", "mono_ns", "state", "ticks", "wall_ns", "windows",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self.state = STARTING
         self.agent_pid = 0
-        self.tick_ns = 0
-        """Monotonic time of the last tick."""
+        self.mono_ns = 0
+        """Monotonic time when this was published, and beside it the wall clock."""
         self.wall_ns = 0
-        """Wall clock at that tick."""
         self.windows = 0
         """Number of windows finished; the newest has the number ``windows - 1``."""
         self.cut = 0
         """The last request to cut the current window that was served."""
         self.bin_width = 1
         """How many windows a page of the history holds."""
-        self.rss_mib = self.usage_mib = self.headroom_pct = self.available_mib = float("nan")
-        """The last sample; NaN where there is none."""
-        self.step = self.epoch = -1
-        self.phase = 0
         self.merged = 0
         self.dropped = 0
         self.ticks = 0
@@ -203,10 +200,9 @@ class Head:
     def pack(self) -> bytes:
         """The body of a slot."""
         return _HEAD.pack(
-            self.state, self.agent_pid, self.tick_ns, self.wall_ns, self.windows, self.cut, self.bin_width,
-            self.rss_mib, self.usage_mib, self.headroom_pct, self.available_mib, self.step, self.epoch, self.phase,
-            self.merged, self.dropped, self.ticks, self.agent_cpu_ns, self.agent_rss_mib, self.late_max_ms,
-            self.limit_mib, self.limit_source.encode()[:96],
+            self.state, self.agent_pid, self.mono_ns, self.wall_ns, self.windows, self.cut, self.merged, self.bin_width,
+            self.dropped, self.ticks, self.agent_cpu_ns, self.agent_rss_mib, self.late_max_ms, self.limit_mib,
+            self.limit_source.encode()[:96],
         )  # fmt: skip
 
     @classmethod
@@ -214,16 +210,27 @@ class Head:
         """The head from the body of a slot."""
         head = cls()
         (
-            head.state, head.agent_pid, head.tick_ns, head.wall_ns, head.windows, head.cut, head.bin_width,
-            head.rss_mib, head.usage_mib, head.headroom_pct, head.available_mib, head.step, head.epoch, head.phase,
-            head.merged, head.dropped, head.ticks, head.agent_cpu_ns, head.agent_rss_mib, head.late_max_ms,
-            head.limit_mib, source,
+            head.state, head.agent_pid, head.mono_ns, head.wall_ns, head.windows, head.cut, head.merged, head.bin_width,
+            head.dropped, head.ticks, head.agent_cpu_ns, head.agent_rss_mib, head.late_max_ms, head.limit_mib, source,
         ) = _HEAD.unpack_from(body)  # fmt: skip
         head.limit_source = source.rstrip(b"\0").decode(errors="replace")
         return head
 
 
 HEAD_BODY = _HEAD.size
+
+PULSE_BODY = struct.Struct("<qddd")
+
+
+class Pulse:
+    """The last sample: its monotonic time, RSS and container usage in MiB, headroom in percent; NaN where unknown."""
+
+    __slots__ = ("headroom_pct", "mono_ns", "rss_mib", "usage_mib")
+
+    def __init__(self, body: bytes | None = None) -> None:
+        nan = float("nan")
+        fields = (0, nan, nan, nan) if body is None else PULSE_BODY.unpack_from(body)
+        self.mono_ns, self.rss_mib, self.usage_mib, self.headroom_pct = fields
 
 # -- windows --------------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any
 
+_WRITTEN = layout.CONTROL // 8 + layout.MARKS_WRITTEN
+
 
 class MarkReader:
     """The trainer's part of a recording, seen by the agent: ``part`` is the recording's memory up to METRICS.
@@ -35,11 +37,15 @@ class MarkReader:
         """A control word: CUT or STOP, or one of the counters."""
         return self._words[layout.CONTROL // 8 + word]
 
+    def written(self) -> int:
+        """How many marks have been written so far."""
+        return self._words[_WRITTEN]
+
     def place(self) -> Place:
         """Where the training stands now."""
         step, epoch = self._now()
         phases: tuple[int, ...] = ()
-        written = self.control(layout.MARKS_WRITTEN)
+        written = self._words[_WRITTEN]
         # the newest mark, or the one before it should it be in the making
         for number in range(written, max(written - 2, 0), -1):
             mark = self._mark(number)
@@ -50,7 +56,7 @@ class MarkReader:
 
     def drain(self) -> list[Mark]:
         """The marks written since the last call, oldest first."""
-        written = self.control(layout.MARKS_WRITTEN)
+        written = self._words[_WRITTEN]
         first = max(self._next_mark, written - layout.MARK_COUNT)
         self.overrun += first - self._next_mark
         self._next_mark = written

@@ -6,7 +6,7 @@ import os
 
 from memtrack.errors import RecordingError
 from memtrack.recording import layout
-from memtrack.recording.layout import Event, Head, Layout
+from memtrack.recording.layout import Event, Head, Layout, Pulse
 from memtrack.recording.marks_view import MarkReader
 from memtrack.sampling.window import Place, Row
 
@@ -55,17 +55,25 @@ class RecordingReader:
 
     def head(self) -> Head:
         """What the agent published last; an empty head if it has published nothing."""
+        body = self._newest(layout.HEAD, layout.HEAD_SLOT, layout.HEAD_BODY)
+        return Head() if body is None else Head.unpack(body)
+
+    def pulse(self) -> Pulse:
+        """The last sample."""
+        return Pulse(self._newest(layout.PULSE, layout.LINE, layout.PULSE_BODY.size))
+
+    def _newest(self, start: int, size: int, body: int) -> bytes | None:
+        """The body of the newer of two slots."""
         for _ in range(8):
-            slots = self._read(layout.HEAD, 2 * layout.HEAD_SLOT)
-            turns = [int.from_bytes(slots[at : at + 8], "little") for at in (0, layout.HEAD_SLOT)]
-            at = 0 if turns[0] > turns[1] else layout.HEAD_SLOT
+            slots = self._read(start, 2 * size)
+            turns = [int.from_bytes(slots[at : at + 8], "little") for at in (0, size)]
+            at = 0 if turns[0] > turns[1] else size
             if max(turns) == 0:
                 break
             # pread is no snapshot: the slot counts only if its turn still stands after its body was read
-            again = self._read(layout.HEAD + at, 8)
-            if int.from_bytes(again, "little") == max(turns):
-                return Head.unpack(slots[at + 8 : at + 8 + layout.HEAD_BODY])
-        return Head()
+            if int.from_bytes(self._read(start + at, 8), "little") == max(turns):
+                return slots[at + 8 : at + 8 + body]
+        return None
 
     def metrics(self) -> list[str]:
         """Metric names by id."""

@@ -1,32 +1,53 @@
-"""The clock loop's body: asks collectors when they are due, and folds what they say into windows and phases."""
+"""The body of the clock loop: asks collectors when they are due, and folds what they say into windows and phases.
+
+What is done at every tick is kept to a minimum. Between two ticks the processor's caches have gone cold, which makes the
+same code ten times dearer than in a tight loop: each line in ``tick`` counts.
+"""
 
 from __future__ import annotations
 
 from memtrack import metrics
-from memtrack.sampling.cadence import SLOWEST_S, Budget, Cadence
-from memtrack.sampling.window import BOUND, EXACT, NOWHERE, Place, Row
+from memtrack.sampling.cadence import CALM_S, UNLIMITED_MIB, Budget, Cadence
+from memtrack.sampling.window import BOUND, EXACT, Cell, Place, Row
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from typing import Protocol
 
-    from memtrack.collectors.base import Collector
+    from memtrack.collectors.base import Collector, Sample
     from memtrack.recording.layout import Mark
+
+    class Marks(Protocol):
+        """Where the training stands: what :class:`memtrack.recording.marks_view.MarkReader` gives."""
+
+        def place(self) -> Place:
+            """Now."""
+
+        def written(self) -> int:
+            """How many marks there are."""
+
+        def drain(self) -> list[Mark]:
+            """Those that are new since the last call."""
+
 
 HIGH_WATER_TOLERANCE_MIB = 1.0
 """The kernel keeps its high-water mark in counters that are summed lazily: it may be off by some 100 KiB a CPU pair."""
 
-COST_FACTOR = 1000
-"""A collector that took t is asked again no sooner than after 1000 t: no more than 0.1 % of a core each."""
+COST_FACTOR = 2000
+"""A collector that took t is asked again no sooner than after 2000 t: no more than 0.05 % of a core each."""
 
+STALE_FACTOR = 200
+"""The same for one that knows that its values are out of date, once; the time is made up for afterwards."""
 
-UNLIMITED_MIB = float("inf")
+PHASE_STORE_NS = 5 * 10**9
+"""How often the row of a phase is stored if it has no new maximum."""
 
 
 class Source:
     """A collector, when it is due, and what it said last."""
 
-    __slots__ = ("collector", "cost_ns", "due_ns", "errors", "last", "last_ns", "marks", "period_ns", "ran")
+    __slots__ = ("collector", "cost_ns", "due_ns", "errors", "high_water", "last", "last_ns", "period_ns", "ran")
 
     def __init__(self, collector: Collector, now_ns: int) -> None:
         self.collector = collector
@@ -35,30 +56,51 @@ class Source:
         """CPU time of the last call."""
         self.due_ns = now_ns
         self.last_ns = 0
-        self.last: list[tuple[str, float]] = []
-        self.marks: dict[str, float] = {}
-        """High-water marks as they were at the last call."""
+        self.last: Sequence[Sample] = ()
+        self.high_water: dict[str, float] = {}
         self.ran = False
         """Whether it ran in the current window."""
         self.errors = 0
 
     def is_due(self, now_ns: int) -> bool:
-        """At its time; sooner, but for at most a hundredth of a core, if its values are known to be out of date."""
+        """At its time, or sooner if its values are known to be out of date."""
         if now_ns >= self.due_ns:
             return True
-        return self.collector.stale and now_ns >= self.last_ns + max(self.period_ns, COST_FACTOR // 10 * self.cost_ns)
+        return self.collector.stale and now_ns >= self.last_ns + max(self.period_ns, STALE_FACTOR * self.cost_ns)
+
+
+class PhaseRow:
+    """What is known of a phase: a row with the phase's id as ``first``, and what of it has been stored."""
+
+    __slots__ = ("row", "stored_max", "stored_ns")
+
+    def __init__(self, phase: int, now_ns: int) -> None:
+        self.row = Row(phase, now_ns)
+        self.stored_ns = 0
+        self.stored_max = 0.0
+
+    def worth_storing(self, now_ns: int) -> bool:
+        """After five seconds, or as soon as the process stood higher than what is stored."""
+        cell = self.row.cells.get(metrics.RSS)
+        highest = cell.max if cell is not None else 0.0
+        if highest <= self.stored_max and now_ns < self.stored_ns + PHASE_STORE_NS:
+            return False
+        self.stored_ns, self.stored_max = now_ns, highest
+        return True
 
 
 class Sampler:
     """Folds the readings of collectors into windows of ``interval_s`` and into one row a phase.
 
-    ``on_window`` gets each finished window. Not thread-safe. The caller calls ``tick`` when ``due_ns`` has come; time is
-    the caller's, and so is ``cpu_clock_ns``, which tells the CPU time of the process: tests run in virtual time.
+    ``on_window`` gets each finished window, ``on_phase`` the row of a phase when it is worth storing again. Not
+    thread-safe. The caller calls ``tick`` when ``due_ns`` has come; time is the caller's, and so is ``cpu_clock_ns``,
+    which tells the CPU time of the process: tests run in virtual time.
     """
 
     def __init__(
         self,
         collectors: Sequence[Collector],
+        marks: Marks,
         *,
         interval_s: float,
         tick_s: float,
@@ -66,167 +108,234 @@ class Sampler:
         now_ns: int,
         cpu_clock_ns: Callable[[], int],
         on_window: Callable[[Row], None],
+        on_phase: Callable[[Row], None],
+        on_marks: Callable[[list[Mark]], None] = lambda marks: None,
         phase_limit: int = 31,
     ) -> None:
-        self._sources = [Source(collector, now_ns) for collector in collectors]
-        self._every_tick = [source for source in self._sources if source.collector.period_s == 0.0]
-        self._slower = [source for source in self._sources if source.collector.period_s > 0.0]
+        sources = [Source(collector, now_ns) for collector in collectors]
+        self._every_tick = [source for source in sources if source.collector.period_s == 0.0]
+        self._slower = [source for source in sources if source.collector.period_s > 0.0]
+        self._slower_due_ns = now_ns
+        self._marks = marks
+        self._marks_seen = -1
         self._interval_ns = int(interval_s * 1e9)
         self._cadence = Cadence(min(tick_s, interval_s))
         self._budget = budget
         self._cpu_clock_ns = cpu_clock_ns
         self._on_window = on_window
+        self._on_phase = on_phase
+        self._on_marks = on_marks
         self._phase_limit = phase_limit
         self._tick_due_ns = now_ns
         self._window_due_ns = now_ns + self._interval_ns
-        self._place = NOWHERE
         self._last_ns = now_ns
-        self._exhausted = False
-        self.row = Row(0, now_ns)
+        self._place = marks.place()
+        self._phases: dict[int, PhaseRow] = {}
+        self._row = Row(0, now_ns)
+        self._span: dict[str, Cell] = {}
+        """The cells since the window began or the phases changed; merged into the window and the phases at its end."""
+        self.due_ns = now_ns
+        """When ``tick`` wants to be called next."""
         self.latest: dict[str, float] = {}
         """The newest value of each metric."""
-        self.phases: dict[int, Row] = {0: Row(0, now_ns)}
-        """A row a phase id, 0 for everything; ``first`` is the phase's id."""
-        self.touched: set[int] = {0}
-        """Ids of the phases that got samples since the last window was finished."""
         self.ticks = 0
         self.late_max_ms = 0.0
         self.dropped = 0
 
-    @property
-    def due_ns(self) -> int:
-        """When ``tick`` wants to be called next."""
-        return min(self._tick_due_ns, self._window_due_ns)
-
-    def tick(self, now_ns: int, wall_ns: int, place: Place, marks: Sequence[Mark] = ()) -> None:
-        """Take what is due. ``place`` is where the training stands; ``marks``, what it has passed since the last tick."""
-        self.late_max_ms = max(self.late_max_ms, (now_ns - self.due_ns) / 1e6)
+    def tick(self, now_ns: int, wall_ns: int) -> None:
+        """Take what is due."""
         self.ticks += 1
-        places = self._places_since(now_ns, place, marks)
+        late_ms = (now_ns - self.due_ns) / 1e6
+        if late_ms > self.late_max_ms:
+            self.late_max_ms = late_ms
+        places = None
+        if self._marks.written() != self._marks_seen:
+            places = self._pass_marks(now_ns)
         for source in self._every_tick:
-            self._ask(source, now_ns, place, places)
-        for source in self._slower:
-            if source.is_due(now_ns):
-                began_ns = self._cpu_clock_ns()
-                self._ask(source, now_ns, place, places)
-                source.cost_ns = self._cpu_clock_ns() - began_ns
-                period_ns = max(source.period_ns * (4 if self._exhausted else 1), COST_FACTOR * source.cost_ns)
-                source.due_ns = max(source.due_ns, now_ns - source.period_ns) + period_ns
-        self._place = place
+            self._ask(source, now_ns, places)
+        if now_ns >= self._slower_due_ns:
+            self._ask_slower(now_ns)
         self._last_ns = now_ns
         if now_ns >= self._window_due_ns:
             self.cut(now_ns, wall_ns)
         self._plan(now_ns)
 
     def cut(self, now_ns: int, wall_ns: int) -> None:
-        """Finish the current window and begin the next. Held values stand in for collectors that did not run in it."""
-        row = self.row
-        row.end_ns = now_ns
-        row.end_wall_ns = wall_ns
-        row.step = self._place.step
+        """Finish the current window, if anything was sampled in it, and begin the next.
+
+        Held values stand in for collectors that were not due in it.
+        """
         for source in self._slower:
             if not source.ran:
-                self._hold(row, source)
+                self._hold(source)
             source.ran = False
-        for phase in self.touched:
-            self.phases[phase].end_wall_ns = wall_ns
-        self._on_window(row)
-        self.touched.clear()
-        self.row = Row(row.last + 1, now_ns)
+        self._end_span(now_ns)
+        row = self._row
+        if row.cells:
+            row.end_ns = now_ns
+            row.end_wall_ns = wall_ns
+            row.step = self._marks.place().step
+            for phase in (0, *self._place.phases):
+                known = self._phases.get(phase)
+                if known is not None and known.worth_storing(now_ns):
+                    known.row.end_wall_ns = wall_ns
+                    self._on_phase(known.row)
+            self._on_window(row)
+            self._row = Row(row.last + 1, now_ns)
         # absolute deadlines: windows do not drift. Those that were missed (machine asleep) are skipped, not made up for.
         if self._window_due_ns <= now_ns:
             missed = (now_ns - self._window_due_ns) // self._interval_ns
             self._window_due_ns += (missed + 1) * self._interval_ns
 
-    def restart_windows(self, now_ns: int) -> None:
-        """Let the windows count from now, after a cut that somebody asked for."""
+    def cut_on_request(self, now_ns: int, wall_ns: int) -> None:
+        """Finish the current window with a last sample, and count windows from now on."""
+        self.tick(now_ns, wall_ns)
+        self.cut(now_ns, wall_ns)
         self._window_due_ns = now_ns + self._interval_ns
+        self._plan(now_ns)
 
-    def close(self) -> None:
-        """Close the collectors."""
-        for source in self._sources:
+    def finish(self, now_ns: int, wall_ns: int) -> None:
+        """Finish the last window as it stands, and store every phase."""
+        self.cut(now_ns, wall_ns)
+        for phase in self._phases.values():
+            self._on_phase(phase.row)
+        for source in (*self._every_tick, *self._slower):
             source.collector.close()
 
     # -- folding ----------------------------------------------------------------------------------------------------
 
-    def _ask(self, source: Source, now_ns: int, place: Place, places: list[Place]) -> None:
+    def _ask(self, source: Source, now_ns: int, places: list[Place] | None) -> None:
         collector = source.collector
         try:
-            samples = list(collector.collect(now_ns))
-            marks = list(collector.high_water())
+            samples = collector.collect(now_ns)
+            # a sample stands for the time since the last one, but not for time before this window
+            seconds = (now_ns - max(source.last_ns, self._row.start_ns)) / 1e9 if source.last_ns else 0.0
+            span, latest, marks = self._span, self.latest, self._marks
+            kept = []
+            for sample in samples:
+                metric, value = sample
+                latest[metric] = value
+                kept.append(sample)
+                cell = span.get(metric)
+                if cell is None:
+                    span[metric] = Cell(value, now_ns, marks.place(), seconds)
+                else:
+                    cell.add(value, now_ns, marks, seconds)
+            source.last = kept
+            for metric, value in collector.high_water():
+                before = source.high_water.get(metric)
+                source.high_water[metric] = value
+                if before is not None and value > before + HIGH_WATER_TOLERANCE_MIB:
+                    self._raise(metric, value, now_ns, places)
         except (OSError, ValueError):
             source.errors += 1
-            samples = marks = []
-        # a sample stands for the time since the last one, but not for time before this window
-        seconds = (now_ns - max(source.last_ns, self.row.start_ns)) / 1e9 if source.last_ns else 0.0
-        rows = [self.row, *self._open(place, now_ns)]
-        for metric, value in samples:
-            self.latest[metric] = value
-            for row in rows:
-                row.add(metric, value, now_ns, place, seconds)
-        for metric, value in marks:
-            self._raise(source, metric, value, now_ns, places)
+            source.last = ()
         source.ran = True
-        source.last = samples
         source.last_ns = now_ns
 
-    def _raise(self, source: Source, metric: str, value: float, now_ns: int, places: list[Place]) -> None:
-        """The kernel's high-water mark: if it rose, the metric stood so high since the last look, sampled or not."""
-        before = source.marks.get(metric)
-        source.marks[metric] = value
-        cell = self.row.cells.get(metric)
-        if before is None or cell is None or value <= before + HIGH_WATER_TOLERANCE_MIB or value <= cell.max:
+    def _ask_slower(self, now_ns: int) -> None:
+        exhausted = self._budget.spend(now_ns, self._cpu_clock_ns())
+        due_ns = now_ns + 10**9
+        for source in self._slower:
+            if source.is_due(now_ns):
+                began_ns = self._cpu_clock_ns()
+                self._ask(source, now_ns, None)
+                source.cost_ns = self._cpu_clock_ns() - began_ns
+                period_ns = max(source.period_ns * (4 if exhausted else 1), COST_FACTOR * source.cost_ns)
+                source.due_ns = max(source.due_ns, now_ns - source.period_ns) + period_ns
+            due_ns = min(due_ns, source.due_ns)
+        self._slower_due_ns = due_ns
+
+    def _raise(self, metric: str, value: float, now_ns: int, places: list[Place] | None) -> None:
+        """The kernel's high-water mark rose: the metric stood so high since the last look, whether sampled or not."""
+        cell = self._span.get(metric)
+        if cell is None or value <= cell.max:
             return
         if value > cell.max + HIGH_WATER_TOLERANCE_MIB:
             self._cadence.spike_seen(now_ns)
-        self.row.raise_max(metric, value, now_ns, places[0], EXACT)
-        # which of several phases since the last look it was cannot be told: for each of them it is an upper bound
-        label = EXACT if len(places) == 1 else BOUND
+        if places is None:
+            cell.raise_max(value, now_ns, self._marks.place(), EXACT)
+            return
+        # The phases changed since the last look. The window's maximum is ascribed to where the training was longest; for
+        # each phase that was open in between the height is an upper bound, since it cannot be told in which it stood.
+        self._row.add(metric, cell.last, now_ns, places[0], 0.0)
+        self._row.raise_max(metric, value, now_ns, places[0], EXACT)
         for place in places:
             for row in self._open(place, now_ns):
-                row.raise_max(metric, value, now_ns, place, label if row.first else EXACT)
+                row.add(metric, cell.last, now_ns, place, 0.0)
+                row.raise_max(metric, value, now_ns, place, BOUND if row.first else EXACT)
 
-    def _places_since(self, now_ns: int, place: Place, marks: Sequence[Mark]) -> list[Place]:
-        """Where the training was since the last tick, each set of phases once; the longest stay first."""
-        if not marks and place.phases == self._place.phases:
-            return [place]
+    def _pass_marks(self, now_ns: int) -> list[Place] | None:
+        """Take in the marks since the last tick. Returns where the training has been, if its phases changed.
+
+        Each set of phases comes once, the one that lasted longest first.
+        """
+        marks = self._marks.drain()
+        self._marks_seen = self._marks.written()
+        self._on_marks(marks)
+        place = self._marks.place()
         stays: dict[tuple[int, ...], int] = {}
         at, since_ns = self._place.phases, self._last_ns
         for mark in marks:
             stays[at] = stays.get(at, 0) + max(mark.time_ns - since_ns, 0)
-            at, since_ns = mark.place.phases, mark.time_ns
-        stays[at] = stays.get(at, 0) + max(now_ns - since_ns, 0)
+            at, since_ns = mark.place.phases, max(mark.time_ns, since_ns)
+        stays[place.phases] = stays.get(place.phases, 0) + max(now_ns - since_ns, 0)
+        if len(stays) == 1 and place.phases == self._place.phases:
+            return None
+        self._end_span(now_ns)
+        for phase in self._place.phases:
+            if phase not in place.phases and phase in self._phases:
+                self._on_phase(self._phases[phase].row)
+        self._place = place
         return [Place(place.step, place.epoch, phases) for phases in sorted(stays, key=lambda key: -stays[key])]
+
+    def _end_span(self, now_ns: int) -> None:
+        """Merge the cells since the last change of phases into the window and into the rows of the open phases."""
+        span = Row(self._row.first, self._row.start_ns)
+        span.cells = self._span
+        span.end_ns = now_ns
+        for row in self._open(self._place, now_ns):
+            phase = row.first
+            row.merge(span)
+            row.first = phase
+        if self._row.cells:
+            self._row.merge(span)
+        else:
+            self._row.cells = span.cells
+        self._span = {}
 
     def _open(self, place: Place, now_ns: int) -> list[Row]:
         """The rows that a sample here belongs to: of everything, and of each open phase."""
         rows = []
         for phase in (0, *place.phases):
-            row = self.phases.get(phase)
-            if row is None:
-                if len(self.phases) > self._phase_limit:
+            known = self._phases.get(phase)
+            if known is None:
+                if len(self._phases) > self._phase_limit:
                     self.dropped += 1
                     continue
-                row = self.phases[phase] = Row(phase, now_ns)
-            row.end_ns = now_ns
-            self.touched.add(phase)
-            rows.append(row)
+                known = self._phases[phase] = PhaseRow(phase, self._last_ns)
+            known.row.end_ns = now_ns
+            rows.append(known.row)
         return rows
 
-    def _hold(self, row: Row, source: Source) -> None:
+    def _hold(self, source: Source) -> None:
         """Show the last known values in a window in which the collector was not due, as held: count 0."""
         for metric, value in source.last:
-            if metric not in row.cells:
-                row.add(metric, value, source.last_ns, self._place, 0.0)
-                row.cells[metric].count = 0
+            if metric not in self._span and metric not in self._row.cells:
+                cell = Cell(value, source.last_ns, self._place)
+                cell.count = 0
+                self._row.cells[metric] = cell
 
     # -- planning ---------------------------------------------------------------------------------------------------
 
     def _plan(self, now_ns: int) -> None:
-        self._exhausted = self._budget.spend(now_ns, self._cpu_clock_ns())
         latest = self.latest
-        headroom_mib = latest.get(metrics.CONTAINER_LIMIT, 0.0) * latest.get(metrics.CONTAINER_HEADROOM, 0.0) / 100.0
-        interval_s = self._cadence.next_interval_s(now_ns, latest.get(metrics.RSS, 0.0), headroom_mib or UNLIMITED_MIB)
-        if self._exhausted:
-            interval_s = SLOWEST_S
+        if self._budget.exhausted:
+            interval_s = CALM_S
+        else:
+            headroom_pct = latest.get(metrics.CONTAINER_HEADROOM)
+            limit_mib = latest.get(metrics.CONTAINER_LIMIT)
+            headroom_mib = UNLIMITED_MIB if headroom_pct is None or limit_mib is None else limit_mib * headroom_pct / 100.0
+            interval_s = self._cadence.next_interval_s(now_ns, latest.get(metrics.RSS, 0.0), headroom_mib)
         self._tick_due_ns = max(self._tick_due_ns + int(interval_s * 1e9), now_ns)
+        self.due_ns = min(self._tick_due_ns, self._window_due_ns)
