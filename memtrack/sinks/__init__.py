@@ -1,0 +1,5 @@
+"""Where windows go: the Sink protocol, and the relay that feeds sinks from the recording."""
+
+from memtrack.sinks.base import Batch, Point, RunFigures, Sink
+
+__all__ = ["Batch", "Point", "RunFigures", "Sink"]

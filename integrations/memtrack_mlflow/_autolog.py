@@ -1,0 +1,105 @@
+"""Following the runs of MLflow's fluent API, from their start to their end."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+from typing import TYPE_CHECKING, Any
+
+import wrapt
+
+from memtrack_mlflow._sink import MlflowSink
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Attach = Callable[[Callable[[], MlflowSink]], Any]
+
+FLUENT = "mlflow.tracking.fluent"
+
+
+class _Follower:
+    """Learns of runs from two methods of public classes, which every way to start or end a run comes through.
+
+    ``mlflow.ActiveRun`` is made once a run has started, by whatever name ``start_run`` was called and also by
+    ``mlflow.log_metric`` and by MLflow's own autologging; ``MlflowClient.set_terminated`` is called when it ends. What
+    they return or raise is untouched.
+    """
+
+    def __init__(self, attach: Attach) -> None:
+        self._attach = attach
+        self._attached: dict[str, Any] = {}
+        self._lock = threading.Lock()
+        self._patched: list[tuple[type, str, Any]] = []
+        self._off = False
+
+    def install(self, fluent: Any) -> None:
+        """Patch, and follow the runs that are active in this thread already."""
+        if self._off or self._patched:
+            return
+        self._patch(fluent.ActiveRun, "__init__", self._around_start)
+        self._patch(fluent.MlflowClient, "set_terminated", self._around_end)
+        run = fluent.active_run()
+        if run is not None:
+            self._started(run.info.run_id)
+
+    def remove(self) -> None:
+        """Put the originals back, and let go of the runs that are being followed."""
+        self._off = True
+        for owner, name, original in self._patched:
+            setattr(owner, name, original)
+        self._patched.clear()
+        for run_id in list(self._attached):
+            self._ended(run_id)
+
+    def _patch(self, owner: type, name: str, around: Callable[[Any], Any]) -> None:
+        original = getattr(owner, name)
+        self._patched.append((owner, name, original))
+        setattr(owner, name, functools.wraps(original)(around(original)))
+
+    def _around_start(self, original: Any) -> Any:
+        def started(active_run: Any, *args: Any, **kwargs: Any) -> None:
+            original(active_run, *args, **kwargs)
+            info = getattr(active_run, "info", None)
+            if info is not None:
+                self._started(info.run_id)
+
+        return started
+
+    def _around_end(self, original: Any) -> Any:
+        def set_terminated(client: Any, run_id: Any, *args: Any, **kwargs: Any) -> Any:
+            # first, so that a run that is marked finished is complete
+            self._ended(run_id)
+            return original(client, run_id, *args, **kwargs)
+
+        return set_terminated
+
+    def _started(self, run_id: str) -> None:
+        with self._lock:
+            if run_id in self._attached or self._off:
+                return
+            self._attached[run_id] = None
+        self._attached[run_id] = self._attach(lambda: MlflowSink(run_id=run_id))
+
+    def _ended(self, run_id: str) -> None:
+        attached = self._attached.pop(run_id, None)
+        if attached is not None:
+            attached.detach()
+
+
+def autolog(attach: Attach) -> Callable[[], None]:
+    """Follow MLflow's runs from now on: those that are active, and those to come. Returns what takes it back.
+
+    MLflow is not imported by this; if it is not there yet it is caught when it is. ``attach`` gets what makes the sink of
+    a run and never raises.
+    """
+    follower = _Follower(attach)
+    loaded = sys.modules.get(FLUENT)
+    if loaded is not None and hasattr(loaded, "active_run"):
+        follower.install(loaded)
+    else:
+        wrapt.register_post_import_hook(follower.install, FLUENT)
+    return follower.remove
+
+

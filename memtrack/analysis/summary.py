@@ -1,0 +1,155 @@
+"""What a recording, or a part of it, comes to: the peak and where it stood, the room that was left, what memtrack cost."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from memtrack import metrics
+from memtrack.sampling.window import LABELS, NO_STEP, Row
+from memtrack.sinks.base import RunFigures
+
+if TYPE_CHECKING:
+    from memtrack.recording.reader import RecordingReader
+    from memtrack.sampling.window import Cell
+
+
+class PhaseFigures(NamedTuple):
+    """One phase: its path, how long it was open (sampled, in seconds), and its highest and last RSS in MiB."""
+
+    name: str
+    seconds: float
+    peak_rss_mib: float
+    peak_label: str
+    peak_step: int | None
+    last_rss_mib: float
+
+
+class Summary(NamedTuple):
+    """The figures of a recording, and a row a phase. ``str()`` of it is what people read."""
+
+    figures: RunFigures
+    phases: tuple[PhaseFigures, ...] = ()
+
+    def __str__(self) -> str:
+        return render(self)
+
+
+def figures_of(reader: RecordingReader, start_ns: int = 0, end_ns: int | None = None) -> RunFigures:
+    """The figures of the windows whose middle lies between two monotonic times. Reads one window at a time."""
+    total: Row | None = None
+    windows = 0
+    for row in reader.windows():
+        middle = (row.start_ns + row.end_ns) // 2
+        if middle < start_ns or (end_ns is not None and middle >= end_ns):
+            continue
+        windows += row.last - row.first + 1
+        if total is None:
+            total = row
+        else:
+            total.merge(row)
+    if total is None:
+        return RunFigures()
+    return _figures(total, reader, windows)
+
+
+def summarise(reader: RecordingReader) -> Summary:
+    """The summary of a whole recording."""
+    phases = reader.phases()
+    whole = phases.pop("", None)
+    figures = figures_of(reader) if whole is None else _figures(whole, reader, reader.head().windows)
+    rows = [_phase(name, row) for name, row in phases.items() if metrics.RSS in row.cells]
+    return Summary(figures, tuple(rows))
+
+
+def _figures(total: Row, reader: RecordingReader, windows: int) -> RunFigures:
+    cells = total.cells
+    head = reader.head()
+    rss = cells.get(metrics.RSS)
+    own_rss, own_cpu = cells.get(metrics.SELF_AGENT_RSS), cells.get(metrics.SELF_CPU)
+    figures = RunFigures(
+        peak_tree_pss_mib=_max(cells.get(metrics.TREE_PSS)),
+        limit_mib=_min(cells.get(metrics.CONTAINER_LIMIT)),
+        limit_source=head.limit_source,
+        headroom_min_pct=_min(cells.get(metrics.CONTAINER_HEADROOM)),
+        seconds=total.seconds,
+        agent_rss_mib=_max(own_rss),
+        agent_cpu_pct=None if own_cpu is None else own_cpu.mean,
+        windows=windows,
+        dropped=head.dropped,
+    )
+    if rss is None:
+        return figures
+    names = reader.names()
+    return figures._replace(
+        peak_rss_mib=rss.max,
+        peak_label=LABELS.get(rss.label, ""),
+        peak_wall_s=(total.end_wall_ns - (total.end_ns - rss.max_ns)) / 1e9,
+        peak_phase=names[rss.phase] if rss.phase < len(names) else "",
+        peak_step=_known(rss.step),
+        peak_epoch=_known(rss.epoch),
+    )
+
+
+def _phase(name: str, row: Row) -> PhaseFigures:
+    rss = row.cells[metrics.RSS]
+    return PhaseFigures(name, rss.seconds, rss.max, LABELS.get(rss.label, ""), _known(rss.step), rss.last)
+
+
+def _known(number: int) -> int | None:
+    return None if number == NO_STEP else number
+
+
+def _max(cell: Cell | None) -> float | None:
+    return None if cell is None else cell.max
+
+
+def _min(cell: Cell | None) -> float | None:
+    return None if cell is None else cell.min
+
+
+def render(summary: Summary) -> str:
+    """The summary as a few lines of text."""
+    figures = summary.figures
+    if figures.peak_rss_mib is None:
+        return "memtrack: nothing was sampled"
+    lines = [f"memtrack: peak {size(figures.peak_rss_mib)} resident ({figures.peak_label}){_where(figures)}"]
+    if figures.peak_tree_pss_mib is not None:
+        lines.append(f"  tree      {size(figures.peak_tree_pss_mib)} at most, with all descendants (PSS)")
+    if figures.limit_mib is not None and figures.headroom_min_pct is not None:
+        lines.append(
+            f"  headroom  {figures.headroom_min_pct:.0f} % at the least, of {size(figures.limit_mib)} ({figures.limit_source})"
+        )
+    if summary.phases:
+        width = max(len(phase.name) for phase in summary.phases)
+        lines.append("  phases")
+        for phase in summary.phases:
+            lines.append(
+                f"    {phase.name:<{width}}  {phase.seconds:7.1f} s   peak {size(phase.peak_rss_mib):>10}"
+                f" ({phase.peak_label})   at its end {size(phase.last_rss_mib):>10}"
+            )
+    if figures.agent_rss_mib is not None:
+        cpu = "" if figures.agent_cpu_pct is None else f", {figures.agent_cpu_pct:.2f} % of a core"
+        lines.append(f"  memtrack  agent {figures.agent_rss_mib:.1f} MiB{cpu}, {figures.windows} windows in {figures.seconds:.0f} s")
+    if figures.dropped:
+        lines.append(f"  dropped   {figures.dropped} marks, phases or windows found no room")
+    return "\n".join(lines)
+
+
+def size(mib: float) -> str:
+    """MiB for people: GiB from 1024 MiB on."""
+    return f"{mib / 1024:.2f} GiB" if abs(mib) >= 1024 else f"{mib:.1f} MiB"
+
+
+def _where(figures: RunFigures) -> str:
+    from datetime import datetime
+
+    parts = []
+    if figures.peak_wall_s is not None:
+        parts.append(f"at {datetime.fromtimestamp(figures.peak_wall_s):%H:%M:%S}")
+    if figures.peak_phase:
+        parts.append(f"in phase {figures.peak_phase}")
+    if figures.peak_epoch is not None:
+        parts.append(f"epoch {figures.peak_epoch}")
+    if figures.peak_step is not None:
+        parts.append(f"step {figures.peak_step}")
+    return " " + ", ".join(parts) if parts else ""

@@ -1,0 +1,191 @@
+"""The functions that users call. Where nothing is monitoring, marks are no-ops that cost some 50 ns."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, TypeVar
+
+from memtrack.monitor import active
+from memtrack.notices import warn_once
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from types import TracebackType
+
+    from memtrack.recording.tables import Recording
+    from memtrack.config import Duration, Size
+    from memtrack.monitor import Monitor
+    from memtrack.recording.marks import Phase as OpenPhase
+    from memtrack.sinks.base import Sink
+
+    Function = TypeVar("Function", bound=Callable[..., object])
+
+
+def start(
+    *,
+    sinks: Iterable[str | Sink] = (),
+    interval: Duration | None = None,
+    flush_interval: Duration | None = None,
+    recording_size: Size | None = None,
+    directory: str | None = None,
+    metrics: str | Iterable[str] | None = None,
+    cpu_budget: float | None = None,
+    tick: Duration | None = None,
+) -> Monitor:
+    """Monitor this process until ``stop()``, the end of the ``with`` block, or the end of the process.
+
+    Args:
+        sinks: Where the windows go: names (``"mlflow"``, ``"jsonl"``) or :class:`~memtrack.sinks.Sink` objects. None is
+            fine: the recording is there all the same, see ``memtrack report``.
+        interval: Length of a window, which is one point of a chart: seconds or ``"500ms"``. Default 1 s. Peaks are exact
+            whatever it is.
+        flush_interval: How often the trackers get what is new. Default 10 s.
+        recording_size: Size of the recording file, bytes or ``"8MiB"``. Default 4 MiB; at least 1 MiB.
+        directory: Folder of the recordings. Default ``.memtrack``, or ``MEMTRACK_DIR``.
+        metrics: Which series the trackers get: ``"default"``, ``"all"``, or names and prefixes of names.
+        cpu_budget: Share of one core that the agent may take, in percent. Default 0.2.
+        tick: Time between two samples while memory moves. Default 0.1 s.
+
+    Raises:
+        SettingsError: An argument or a ``MEMTRACK_*`` variable is wrong, or there is no such sink.
+        MissingDependencyError: A sink needs an extra that is not installed.
+        RecordingError: The recording cannot be made: folder not writable, disk full.
+        MonitorError: This process is being monitored already.
+        AgentError: The agent could not be started.
+
+    With ``MEMTRACK_DISABLE=1`` nothing is started; the monitor that is returned does nothing.
+    """
+    from memtrack import config, registry
+
+    settings = config.resolve(
+        {
+            "interval": interval,
+            "flush_interval": flush_interval,
+            "recording_size": recording_size,
+            "directory": directory,
+            "metrics": metrics,
+            "cpu_budget": cpu_budget,
+            "tick": tick,
+        }
+    )
+    wanted = [sinks] if isinstance(sinks, str) else list(sinks)
+    named = {sink: registry.load_sink(sink) for sink in wanted if isinstance(sink, str)}
+    if settings.disable:
+        from memtrack.disabled import DisabledMonitor
+
+        return DisabledMonitor()
+    from memtrack.monitor import Monitor
+
+    monitor = Monitor(settings)
+    try:
+        for sink in wanted:
+            monitor.attach(named[sink](recording=monitor.path) if isinstance(sink, str) else sink)
+    except BaseException:
+        monitor.stop()
+        raise
+    return monitor
+
+
+def step(number: int) -> None:
+    """The training has reached step ``number``. Under a microsecond; never raises. Thread-safe."""
+    marks = active.marks
+    if marks is not None:
+        try:
+            marks.step(number)
+        except Exception:
+            _tolerate("step", number, marks.step)
+
+
+def epoch(number: int) -> None:
+    """The training has reached epoch ``number``. Never raises. Thread-safe."""
+    marks = active.marks
+    if marks is not None:
+        try:
+            marks.epoch(number)
+        except Exception:
+            _tolerate("epoch", number, marks.epoch)
+
+
+def mark(name: str, value: float = 0.0) -> None:
+    """Something worth a note has happened: it appears among the recording's events. Never raises. Thread-safe."""
+    marks = active.marks
+    if marks is not None:
+        try:
+            marks.mark(name, value)
+        except Exception as exc:
+            _complain("mark", exc)
+
+
+def gauge(name: str, value: float) -> None:
+    """Set a gauge of your own, such as an allocator's counter; the agent samples it once a second from then on.
+
+    ``name`` carries scope and unit, as in ``"memory/cache/used_mib"``. At most 61 of them. Never raises. Thread-safe.
+    """
+    marks = active.marks
+    if marks is not None:
+        try:
+            marks.gauge(name, value)
+        except Exception as exc:
+            _complain("gauge", exc)
+
+
+class phase:  # noqa: N801 - used like a function
+    """A phase of the training, for a ``with`` block or as a decorator: ``with memtrack.phase("load"): ...``.
+
+    Phases nest, at most eight deep; inside ``train``, ``phase("forward")`` is ``train/forward``. Peaks are kept for each of
+    the first 31. Entering costs about a microsecond; never raises. A name without ``/`` reads best.
+    """
+
+    __slots__ = ("_name", "_open")
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._open: OpenPhase | None = None
+
+    def __enter__(self) -> phase:
+        marks = active.marks
+        if marks is not None:
+            try:
+                self._open = marks.begin(self._name)
+            except Exception as exc:
+                _complain("phase", exc)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        marks = active.marks
+        if marks is not None and self._open is not None:
+            try:
+                marks.end(self._open)
+            except Exception as exc:
+                _complain("phase", exc)
+
+    def __call__(self, function: Function) -> Function:
+        name = self._name
+
+        @functools.wraps(function)
+        def inside(*args: object, **kwargs: object) -> object:
+            with phase(name):
+                return function(*args, **kwargs)
+
+        return inside  # type: ignore[return-value]
+
+
+def open_recording(path: str) -> Recording:
+    """Open a recording to read, also while it is being written. Raises RecordingError or RecordingFormatError."""
+    from memtrack.recording.tables import Recording
+
+    return Recording(path)
+
+
+def _tolerate(what: str, number: object, write: Callable[[int], None]) -> None:
+    """A number that is none of the integers, such as 3.0 or a tensor: take it if it can be made one."""
+    try:
+        write(int(number))  # type: ignore[call-overload]
+    except Exception as exc:
+        _complain(what, exc)
+
+
+def _complain(what: str, exc: Exception) -> None:
+    warn_once(f"api {what}", f"memtrack.{what}() did not work ({type(exc).__name__}: {exc}).")

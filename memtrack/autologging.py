@@ -1,0 +1,125 @@
+"""``memtrack.autolog()``: monitor this process, and feed every run that a tracker starts in it."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from memtrack import config, registry
+from memtrack.errors import MissingDependencyError
+from memtrack.monitor import Monitor, active
+from memtrack.notices import warn_once
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from memtrack.config import Duration, Settings, Size
+    from memtrack.monitor import Attached
+    from memtrack.sinks.base import Sink
+
+    Undo = Callable[[], None]
+
+_undo: dict[str, Undo] = {}
+_settings: Settings | None = None
+
+
+def autolog(
+    *,
+    trackers: Iterable[str] | None = None,
+    interval: Duration | None = None,
+    flush_interval: Duration | None = None,
+    recording_size: Size | None = None,
+    directory: str | None = None,
+    metrics: str | Iterable[str] | None = None,
+    cpu_budget: float | None = None,
+    tick: Duration | None = None,
+    disable: bool = False,
+) -> Monitor:
+    """Monitor this process from now on, and send the charts to each run that MLflow starts, until that run ends.
+
+    May be called before or after the tracker is imported or its run started, and twice. Returns the monitor, whose
+    ``summary()`` tells how it went.
+
+    Args:
+        trackers: Which trackers to follow; default all that are there. One that is named must be installed.
+        disable: Take it all back: the trackers' functions are the originals again, the monitor is stopped.
+        interval, flush_interval, recording_size, directory, metrics, cpu_budget, tick: see :func:`memtrack.start`.
+
+    Raises:
+        SettingsError, MissingDependencyError, RecordingError, AgentError: as :func:`memtrack.start`.
+
+    In a worker process that multiprocessing has spawned, which runs the main script again, nothing is started until a
+    run starts there.
+    """
+    global _settings
+    settings = config.resolve(
+        {
+            "interval": interval,
+            "flush_interval": flush_interval,
+            "recording_size": recording_size,
+            "directory": directory,
+            "metrics": metrics,
+            "cpu_budget": cpu_budget,
+            "tick": tick,
+            "disable": disable or None,
+        }
+    )
+    if settings.disable:
+        return _take_back()
+    if isinstance(trackers, str):
+        trackers = [trackers]
+    _settings = settings
+    for tracker in registry.AUTOLOG if trackers is None else list(trackers):
+        if tracker not in _undo:
+            _follow(tracker, asked_for=trackers is not None)
+    if _is_worker():
+        from memtrack.disabled import DisabledMonitor
+
+        return active.monitor or DisabledMonitor()
+    return active.monitor or Monitor(settings)
+
+
+def _follow(tracker: str, *, asked_for: bool) -> None:
+    try:
+        _undo[tracker] = registry.load_autolog(tracker)(attach)
+    except MissingDependencyError as exc:
+        if asked_for:
+            raise
+        if find_spec(tracker) is not None:
+            warn_once(f"autolog {tracker}", f"{exc}.")
+
+
+def attach(make_sink: Callable[[], Sink]) -> Attached | None:
+    """What follows a tracker calls this when a run has started. Never raises; None if the run cannot be fed."""
+    try:
+        monitor = active.monitor
+        if monitor is None:
+            # a worker, or a forked child, that has a run of its own
+            if _settings is None:
+                return None
+            monitor = Monitor(_settings)
+        return monitor.attach(make_sink())
+    except Exception as exc:
+        warn_once("attach", f"memtrack does not follow this run ({type(exc).__name__}: {exc}).")
+        return None
+
+
+def _take_back() -> Monitor:
+    global _settings
+    _settings = None
+    while _undo:
+        _undo.popitem()[1]()
+    if active.monitor is not None:
+        active.monitor.stop()
+    from memtrack.disabled import DisabledMonitor
+
+    return DisabledMonitor()
+
+
+def _is_worker() -> bool:
+    """Whether multiprocessing started this process; it need not be loaded to know that it did not."""
+    process = sys.modules.get("multiprocessing.process")
+    return process is not None and process.parent_process() is not None
+
+

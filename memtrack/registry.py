@@ -1,0 +1,68 @@
+"""Names of sinks and trackers, as strings until somebody asks: nothing here imports a tracker.
+
+Third parties add sinks through the entry-point group ``memtrack.sinks``.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from memtrack.errors import MissingDependencyError, SettingsError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+SINKS = {
+    "jsonl": ("memtrack.sinks.jsonl:JsonLinesSink", ""),
+    "mlflow": ("memtrack_mlflow:MlflowSink", "mlflow"),
+}
+"""Name of a sink -> (module:class, extra that brings what it needs)."""
+
+AUTOLOG = {
+    "mlflow": ("memtrack_mlflow:autolog", "mlflow"),
+}
+"""Name of a tracker -> (module:function that follows its runs, extra)."""
+
+
+def sink_names() -> list[str]:
+    """The names that ``load_sink`` takes."""
+    return sorted({*SINKS, *(entry.name for entry in _entry_points())})
+
+
+def load_sink(name: str) -> Callable[..., Any]:
+    """The class of a sink. Raises SettingsError if there is none of that name, MissingDependencyError if it cannot load."""
+    if name in SINKS:
+        return _load(f"the {name!r} sink", *SINKS[name])
+    for entry in _entry_points():
+        if entry.name == name:
+            loaded: Callable[..., Any] = entry.load()
+            return loaded
+    raise SettingsError("sinks", name, f"no such sink. There are: {', '.join(sink_names())}.")
+
+
+def load_autolog(tracker: str) -> Callable[..., Any]:
+    """What follows the runs of a tracker. Raises SettingsError or MissingDependencyError."""
+    if tracker not in AUTOLOG:
+        raise SettingsError("trackers", tracker, f"no such tracker. There are: {', '.join(sorted(AUTOLOG))}.")
+    return _load(f"following the runs of {tracker!r}", *AUTOLOG[tracker])
+
+
+def _load(feature: str, target: str, extra: str) -> Callable[..., Any]:
+    module, _, attribute = target.partition(":")
+    try:
+        loaded: Callable[..., Any] = getattr(import_module(module), attribute)
+    except ImportError as exc:
+        # a module of ours that is missing is a broken installation, not a missing extra
+        if exc.name is not None and exc.name.partition(".")[0].startswith("memtrack"):
+            raise
+        raise MissingDependencyError(feature, extra) from exc
+    return loaded
+
+
+def _entry_points() -> Any:
+    # imported here: it is the dearest single import of the standard library that memtrack would need
+    from importlib.metadata import entry_points
+
+    return entry_points(group="memtrack.sinks")

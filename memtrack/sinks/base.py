@@ -1,0 +1,88 @@
+"""The protocol of a sink, and what it is handed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from memtrack.metrics import has_peak, peak_name, selected
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from memtrack.sampling.window import Row
+
+
+class Point(NamedTuple):
+    """One point of a chart: series name, value in the unit that the name carries, wall clock in milliseconds."""
+
+    name: str
+    value: float
+    timestamp_ms: int
+
+
+class Batch:
+    """Finished windows, oldest first, none twice unless a delivery has to be repeated.
+
+    ``windows`` are the rows themselves, for sinks that want more than charts; ``points()`` is what to draw.
+    """
+
+    def __init__(self, windows: Sequence[Row], metrics: str | tuple[str, ...] = "default") -> None:
+        self.windows = windows
+        self._metrics = metrics
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def points(self) -> Iterator[Point]:
+        """For each window the mean of each selected metric, at the end of the window, and its peak where it has a twin."""
+        for row in self.windows:
+            timestamp_ms = round(row.end_wall_ns / 1e6)
+            for name, cell in row.cells.items():
+                if selected(name, self._metrics):
+                    yield Point(name, cell.mean, timestamp_ms)
+                    if has_peak(name):
+                        yield Point(peak_name(name), cell.max, timestamp_ms)
+
+
+class RunFigures(NamedTuple):
+    """What a run ends with. Memory in MiB, shares in percent; None where it could not be measured."""
+
+    peak_rss_mib: float | None = None
+    peak_label: str = ""
+    """``exact``, ``sampled`` or ``bound``."""
+    peak_wall_s: float | None = None
+    """When the peak stood, Unix time."""
+    peak_phase: str = ""
+    peak_step: int | None = None
+    peak_epoch: int | None = None
+    peak_tree_pss_mib: float | None = None
+    limit_mib: float | None = None
+    limit_source: str = ""
+    headroom_min_pct: float | None = None
+    seconds: float = 0.0
+    agent_rss_mib: float | None = None
+    agent_cpu_pct: float | None = None
+    windows: int = 0
+    dropped: int = 0
+
+
+class Sink(Protocol):
+    """Takes batches of windows to one tracker. Called from one thread at a time.
+
+    ``write`` and ``finish`` raise :class:`~memtrack.errors.DeliveryError` if the batch may be sent again later, and
+    :class:`~memtrack.errors.RejectedError` if it never will be taken. A batch may come twice after a failure, so
+    writing should be idempotent where the tracker allows it. Try it with :class:`memtrack.testing.SinkContract`.
+    """
+
+    @property
+    def key(self) -> str:
+        """Which run of which tracker this is, such as ``mlflow:RUN_ID``; at most 40 bytes. Cursors are kept under it."""
+
+    def write(self, batch: Batch) -> None:
+        """Deliver the batch. Returns when the tracker has it."""
+
+    def finish(self, figures: RunFigures) -> None:
+        """Deliver what the run ends with. Nothing is written afterwards."""
+
+    def close(self) -> None:
+        """Release what is held. Never raises. Called once, also after failures."""

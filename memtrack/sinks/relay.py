@@ -1,0 +1,199 @@
+"""The relay: the one thread of memtrack in the training process. It hands finished windows to the sinks."""
+
+from __future__ import annotations
+
+import random
+import threading
+from time import monotonic, sleep
+from typing import TYPE_CHECKING
+
+from memtrack.errors import DeliveryError, RejectedError
+from memtrack.notices import warn_once
+from memtrack.recording.reader import RecordingReader
+from memtrack.sinks.base import Batch
+from memtrack.sinks.cursors import CursorWriter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from memtrack.sampling.window import Row
+    from memtrack.sinks.base import RunFigures, Sink
+
+BATCH_WINDOWS = 64
+BACKOFF_S = (1.0, 60.0)
+CUT_TIMEOUT_S = 1.0
+
+
+class Feed:
+    """One sink and the part of the recording that is its: windows whose middle lies between ``start_ns`` and ``end_ns``."""
+
+    def __init__(self, sink: Sink, start_ns: int, first: int) -> None:
+        self.sink = sink
+        self.start_ns = start_ns
+        self.end_ns: int | None = None
+        self.cut = 0
+        """The request to cut that must be served before the feed can be finished."""
+        self.next = first
+        """Number of the first window that was not delivered."""
+        self.done = threading.Event()
+        self.failures = 0
+        self.retry_at = 0.0
+        self.dropped = 0
+        """Windows that the tracker refused for good."""
+
+    def holds(self, row: Row) -> bool:
+        """Whether a window is this feed's."""
+        middle = (row.start_ns + row.end_ns) // 2
+        return middle >= self.start_ns and (self.end_ns is None or middle < self.end_ns)
+
+
+class Relay:
+    """Drains a recording into sinks, every ``flush_interval_s`` and whenever a feed ends.
+
+    A sink that fails is tried again after 1 s, then 2, up to a minute, with jitter; its windows wait in the recording.
+    One that refuses a batch for good loses that batch, which is counted. Thread-safe; the thread is a daemon and is
+    started with the first feed.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        flush_interval_s: float,
+        metrics: str | tuple[str, ...],
+        figures: Callable[[int, int | None], RunFigures],
+    ) -> None:
+        self._reader = RecordingReader(path)
+        self._cursors = CursorWriter(path)
+        self._flush_interval_s = flush_interval_s
+        self._metrics = metrics
+        self._figures = figures
+        self._feeds: list[Feed] = []
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._closing = False
+        self._thread: threading.Thread | None = None
+
+    def add(self, sink: Sink, start_ns: int) -> Feed:
+        """Feed a sink with the windows from ``start_ns`` on."""
+        feed = Feed(sink, start_ns, self._reader.head().windows)
+        with self._lock:
+            self._feeds.append(feed)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="memtrack-relay", daemon=True)
+                self._thread.start()
+        return feed
+
+    def end(self, feed: Feed, end_ns: int, cut: int, timeout_s: float) -> bool:
+        """Deliver what is left of a feed up to ``end_ns`` and finish its sink; wait for that at most ``timeout_s``.
+
+        ``cut`` is the request to the agent to finish the window; see ``MarkWriter.request_cut``. What cannot be delivered
+        in time is tried again as long as the process lives. Returns whether it is done.
+        """
+        feed.cut = cut
+        feed.end_ns = end_ns
+        self._wake.set()
+        return feed.done.wait(timeout_s if feed.failures == 0 else min(timeout_s, 0.1))
+
+    def flush(self, timeout_s: float) -> bool:
+        """Deliver what is there now. Returns whether every sink has it."""
+        wanted = self._reader.head().windows
+        self._wake.set()
+        deadline = monotonic() + timeout_s
+        while monotonic() < deadline:
+            with self._lock:
+                if all(feed.next >= wanted for feed in self._feeds):
+                    return True
+            sleep(0.005)
+        return False
+
+    def close(self, timeout_s: float) -> None:
+        """Stop the thread; feeds should have been ended. Waits at most ``timeout_s``."""
+        self._closing = True
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+            if self._thread.is_alive():
+                return  # it hangs in a tracker's client; the process may exit, it is a daemon
+        self._cursors.close()
+        self._reader.close()
+
+    # -- the thread -------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while not self._closing:
+            self._wake.wait(self._pause_s())
+            self._wake.clear()
+            with self._lock:
+                feeds = list(self._feeds)
+            for feed in feeds:
+                if monotonic() >= feed.retry_at:
+                    self._serve(feed)
+            with self._lock:
+                self._feeds = [feed for feed in self._feeds if not feed.done.is_set()]
+        for feed in self._feeds:
+            feed.sink.close()
+
+    def _pause_s(self) -> float:
+        now = monotonic()
+        waits = [max(feed.retry_at - now, 0.05) for feed in self._feeds if feed.failures]
+        return min([self._flush_interval_s, *waits])
+
+    def _serve(self, feed: Feed) -> None:
+        ending = feed.end_ns is not None
+        try:
+            if ending:
+                self._await_cut(feed)
+            for batch in self._batches(feed):
+                self._write(feed, batch)
+            if ending:
+                self._finish(feed)
+            feed.failures = 0
+        except Exception as exc:  # a tracker's client may raise anything
+            self._back_off(feed, exc)
+
+    def _batches(self, feed: Feed) -> Iterator[list[Row]]:
+        rows: list[Row] = []
+        for row in self._reader.windows(feed.next):
+            rows.append(row)
+            if len(rows) == BATCH_WINDOWS:
+                yield rows
+                rows = []
+        if rows:
+            yield rows
+
+    def _write(self, feed: Feed, rows: list[Row]) -> None:
+        mine = [row for row in rows if feed.holds(row)]
+        if mine:
+            try:
+                feed.sink.write(Batch(mine, self._metrics))
+            except RejectedError as exc:
+                feed.dropped += len(mine)
+                warn_once(f"rejected {feed.sink.key}", f"{feed.sink.key} refused {len(mine)} windows: {exc}.")
+        feed.next = rows[-1].last + 1
+        self._cursors.put(feed.sink.key, feed.next)
+
+    def _finish(self, feed: Feed) -> None:
+        figures = self._figures(feed.start_ns, feed.end_ns)
+        try:
+            feed.sink.finish(figures._replace(dropped=figures.dropped + feed.dropped))
+        except RejectedError as exc:
+            warn_once(f"rejected {feed.sink.key}", f"{feed.sink.key} refused the final figures: {exc}.")
+        feed.sink.close()
+        feed.done.set()
+
+    def _await_cut(self, feed: Feed) -> None:
+        deadline = monotonic() + CUT_TIMEOUT_S
+        while self._reader.head().cut < feed.cut and monotonic() < deadline:
+            sleep(0.002)
+
+    def _back_off(self, feed: Feed, exc: Exception) -> None:
+        feed.failures += 1
+        wait_s = min(BACKOFF_S[0] * 2 ** (feed.failures - 1), BACKOFF_S[1]) * random.uniform(0.5, 1.0)
+        if isinstance(exc, DeliveryError) and exc.retry_after_s is not None:
+            wait_s = max(wait_s, exc.retry_after_s)
+        feed.retry_at = monotonic() + wait_s
+        warn_once(
+            f"failing {feed.sink.key}",
+            f"{feed.sink.key} does not take its windows ({type(exc).__name__}: {exc}). They wait in the recording.",
+        )
