@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from types import TracebackType
 
-    from memtrack.recording.tables import Recording
     from memtrack.config import Duration, Size
     from memtrack.monitor import Monitor
     from memtrack.recording.marks import Phase as OpenPhase
+    from memtrack.recording.tables import Recording
     from memtrack.sinks.base import Sink
 
     Function = TypeVar("Function", bound=Callable[..., object])
@@ -37,8 +37,8 @@ def start(
     Args:
         sinks: Where the windows go: names (``"mlflow"``, ``"jsonl"``) or :class:`~memtrack.sinks.Sink` objects. None is
             fine: the recording is there all the same, see ``memtrack report``.
-        interval: Length of a window, which is one point of a chart: seconds or ``"500ms"``. Default 1 s. Peaks are exact
-            whatever it is.
+        interval: Length of a window, which is one point of a chart: seconds or ``"500ms"``. Default 1 s. Peaks are
+            exact whatever it is.
         flush_interval: How often the trackers get what is new. Default 10 s.
         recording_size: Size of the recording file, bytes or ``"8MiB"``. Default 4 MiB; at least 1 MiB.
         directory: Folder of the recordings. Default ``.memtrack``, or ``MEMTRACK_DIR``.
@@ -129,11 +129,11 @@ def gauge(name: str, value: float) -> None:
             _complain("gauge", exc)
 
 
-class phase:  # noqa: N801 - used like a function
+class phase:
     """A phase of the training, for a ``with`` block or as a decorator: ``with memtrack.phase("load"): ...``.
 
-    Phases nest, at most eight deep; inside ``train``, ``phase("forward")`` is ``train/forward``. Peaks are kept for each of
-    the first 31. Entering costs about a microsecond; never raises. A name without ``/`` reads best.
+    Phases nest, at most eight deep; inside ``train``, ``phase("forward")`` is ``train/forward``. Peaks are kept for
+    each of the first 31. Entering costs about a microsecond; never raises. A name without ``/`` reads best.
     """
 
     __slots__ = ("_name", "_open")

@@ -121,5 +121,3 @@ def _is_worker() -> bool:
     """Whether multiprocessing started this process; it need not be loaded to know that it did not."""
     process = sys.modules.get("multiprocessing.process")
     return process is not None and process.parent_process() is not None
-
-

@@ -1,4 +1,4 @@
-"""Settings: validated once, before anything starts. Arguments win over ``MEMTRACK_*`` variables, these over defaults."""
+"""Settings, validated once, before anything starts: arguments over ``MEMTRACK_*`` variables over defaults."""
 
 from __future__ import annotations
 
@@ -130,7 +130,9 @@ def _metrics(name: str, value: object) -> str | tuple[str, ...]:
     if len(chosen) == 1 and chosen[0] in ("default", "all"):
         return chosen[0]
     if not chosen or any(not part.startswith("memory/") for part in chosen):
-        raise SettingsError(name, value, "give 'default', 'all', or names that begin with 'memory/' (memtrack doctor lists them)")
+        raise SettingsError(
+            name, value, "give 'default', 'all', or names that begin with 'memory/' (memtrack doctor lists them)"
+        )
     return tuple(chosen)
 
 
@@ -175,12 +177,14 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 
 def make_directory(settings: Settings) -> str:
-    """The folder of the recordings, made if need be, and its absolute path. Raises RecordingError if it cannot be used."""
+    """Make the folder of the recordings if need be. Returns its absolute path; raises RecordingError."""
     path = os.path.abspath(settings.directory)
     try:
         os.makedirs(path, mode=0o700, exist_ok=True)
     except OSError as exc:
-        raise RecordingError(f"cannot make the recordings folder {path}: {exc.strerror}. Choose one with MEMTRACK_DIR.") from exc
+        raise RecordingError(
+            f"cannot make the recordings folder {path}: {exc.strerror}. Choose one with MEMTRACK_DIR."
+        ) from exc
     if not os.access(path, os.W_OK | os.X_OK):
         raise RecordingError(f"cannot write to the recordings folder {path}. Choose one with MEMTRACK_DIR.")
     return path

@@ -63,8 +63,8 @@ class Attached:
     def detach(self, timeout_s: float = EXIT_TIMEOUT_S) -> bool:
         """Deliver the windows up to now and the final figures. Returns whether that was done within ``timeout_s``.
 
-        What was not is tried again as long as the process lives, and stays in the recording. Never raises. A second call
-        does nothing.
+        What was not is tried again as long as the process lives, and stays in the recording. Never raises. A second
+        call does nothing.
         """
         return self._monitor._end(self._feed, timeout_s)
 

@@ -32,7 +32,7 @@ def sink_names() -> list[str]:
 
 
 def load_sink(name: str) -> Callable[..., Any]:
-    """The class of a sink. Raises SettingsError if there is none of that name, MissingDependencyError if it cannot load."""
+    """The class of a sink. Raises SettingsError if there is none of that name, else MissingDependencyError."""
     if name in SINKS:
         return _load(f"the {name!r} sink", *SINKS[name])
     for entry in _entry_points():

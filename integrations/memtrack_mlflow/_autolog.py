@@ -91,8 +91,8 @@ class _Follower:
 def autolog(attach: Attach) -> Callable[[], None]:
     """Follow MLflow's runs from now on: those that are active, and those to come. Returns what takes it back.
 
-    MLflow is not imported by this; if it is not there yet it is caught when it is. ``attach`` gets what makes the sink of
-    a run and never raises.
+    MLflow is not imported by this; if it is not there yet it is caught when it is. ``attach`` gets what makes the
+    sink of a run and never raises.
     """
     follower = _Follower(attach)
     loaded = sys.modules.get(FLUENT)
@@ -101,5 +101,3 @@ def autolog(attach: Attach) -> Callable[[], None]:
     else:
         wrapt.register_post_import_hook(follower.install, FLUENT)
     return follower.remove
-
-

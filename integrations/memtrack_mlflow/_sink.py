@@ -35,7 +35,7 @@ class MlflowSink:
         recording: Path of the recording; not used.
     """
 
-    def __init__(self, *, run_id: str | None = None, recording: str = "") -> None:  # noqa: ARG002 - all sinks get it
+    def __init__(self, *, run_id: str | None = None, recording: str = "") -> None:
         mlflow = _mlflow()
         self._owned = False
         if run_id is None:

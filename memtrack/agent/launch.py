@@ -36,8 +36,8 @@ class AgentHandle:
 def spawn(recording: str) -> AgentHandle:
     """Start the agent that fills ``recording``; returns in some 20 ms, when it is on its way, not when it is ready.
 
-    The process is started with ``posix_spawn``, which does not copy the caller's page tables as ``fork`` does (0.36 s for
-    8 GB, and its pages stay pinned), and detaches itself, so that it is no child of the caller afterwards. Raises
+    The process is started with ``posix_spawn``, which does not copy the caller's page tables as ``fork`` does (0.36 s
+    for 8 GB, and its pages stay pinned), and detaches itself, so that it is no child of the caller afterwards. Raises
     AgentError if it cannot be started.
     """
     command = [_python(), "-I", "-S", _ENTRY, recording]

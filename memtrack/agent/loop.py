@@ -182,9 +182,9 @@ class Agent:
     def _alive(self) -> bool:
         """Whether the process that was meant is there, and not another one that got its pid."""
         if sys.platform != "linux":
-            import psutil
+            from memtrack.collectors.psutil_ import exists
 
-            return bool(psutil.pid_exists(self._pid))
+            return exists(self._pid)
         try:
             return start_ticks(self._pid) == self._start_ticks
         except OSError:

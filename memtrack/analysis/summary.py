@@ -1,4 +1,4 @@
-"""What a recording, or a part of it, comes to: the peak and where it stood, the room that was left, what memtrack cost."""
+"""What a recording, or a part of it, comes to: peak and place, the room that was left, what memtrack cost."""
 
 from __future__ import annotations
 
@@ -116,9 +116,8 @@ def render(summary: Summary) -> str:
     if figures.peak_tree_pss_mib is not None:
         lines.append(f"  tree      {size(figures.peak_tree_pss_mib)} at most, with all descendants (PSS)")
     if figures.limit_mib is not None and figures.headroom_min_pct is not None:
-        lines.append(
-            f"  headroom  {figures.headroom_min_pct:.0f} % at the least, of {size(figures.limit_mib)} ({figures.limit_source})"
-        )
+        limit = f"{size(figures.limit_mib)} ({figures.limit_source})"
+        lines.append(f"  headroom  {figures.headroom_min_pct:.0f} % at the least, of {limit}")
     if summary.phases:
         width = max(len(phase.name) for phase in summary.phases)
         lines.append("  phases")
@@ -129,7 +128,8 @@ def render(summary: Summary) -> str:
             )
     if figures.agent_rss_mib is not None:
         cpu = "" if figures.agent_cpu_pct is None else f", {figures.agent_cpu_pct:.2f} % of a core"
-        lines.append(f"  memtrack  agent {figures.agent_rss_mib:.1f} MiB{cpu}, {figures.windows} windows in {figures.seconds:.0f} s")
+        spent = f"{figures.windows} windows in {figures.seconds:.0f} s"
+        lines.append(f"  memtrack  agent {figures.agent_rss_mib:.1f} MiB{cpu}, {spent}")
     if figures.dropped:
         lines.append(f"  dropped   {figures.dropped} marks, phases or windows found no room")
     return "\n".join(lines)

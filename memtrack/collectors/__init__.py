@@ -16,10 +16,11 @@ def build(
 ) -> tuple[list[Collector], Callable[[], str]]:
     """The collectors for process ``pid``, and what tells in words which limit binds it.
 
-    ``exclude`` is the agent's own pid, which may stand below the process. ``root`` is put before every cgroup mount point.
+    ``exclude`` is the agent's own pid, which may stand below the process. ``root`` is put before every cgroup mount
+    point.
 
-    Linux is read from ``/proc`` and the cgroup file systems, other systems through psutil. Raises OSError if there is no
-    such process.
+    Linux is read from ``/proc`` and the cgroup file systems, other systems through psutil. Raises OSError if there is
+    no such process.
     """
     if platform != "linux":
         from memtrack.collectors.psutil_ import PsutilCollector

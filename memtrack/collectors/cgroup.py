@@ -91,7 +91,7 @@ class CgroupUsageCollector(Collector):
         self._reported_mib = 0.0
         self.nearest: str | None = None
 
-    def collect(self, now_ns: int) -> list[Sample]:  # noqa: ARG002
+    def collect(self, now_ns: int) -> list[Sample]:
         """Usage in MiB, and the least headroom of all levels in percent of the smallest limit."""
         watch = self._watch
         if watch.generation != self._generation:

@@ -1,7 +1,7 @@
 """Reading ``/proc`` and cgroup files cheaply: descriptors are held open and read with ``pread``.
 
-A held ``/proc/PID`` descriptor costs a tenth of opening it anew, and is safe against reuse of the pid: it belongs to the
-process that had the pid when it was opened, and reads fail with ESRCH once that process is gone.
+A held ``/proc/PID`` descriptor costs a tenth of opening it anew, and is safe against reuse of the pid: it belongs to
+the process that had the pid when it was opened, and reads fail with ESRCH once that process is gone.
 """
 
 from __future__ import annotations

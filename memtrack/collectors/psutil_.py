@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from memtrack.collectors.base import Sample
 
 
+def exists(pid: int) -> bool:
+    """Whether there is a process with this pid."""
+    return bool(psutil.pid_exists(pid))
+
+
 class PsutilCollector(Collector):
     """RSS of the process at every tick, its tree and the machine once a second.
 

@@ -21,7 +21,7 @@ RELIST_TICKS = 10
 
 
 class Member:
-    """A process of the tree, by held descriptors: reads fail once it is gone, so a reused pid is never mistaken for it."""
+    """A process of the tree, by held descriptors: once it is gone reads fail, whoever has its pid then."""
 
     __slots__ = ("children", "pid", "pss_mib", "rss_mib", "statm", "tasks")
 
@@ -84,8 +84,8 @@ class Member:
 class TreeCollector(Collector):
     """Once a second: how many processes, the sum of their RSS, and the RSS of each of the first eight workers.
 
-    The sum of RSS is an upper bound: pages that forked workers share are counted once a process. The true figure is PSS,
-    see :class:`PssCollector`, which is read more rarely because it is expensive.
+    The sum of RSS is an upper bound: pages that forked workers share are counted once a process. The true figure is
+    PSS, see :class:`PssCollector`, which is read more rarely because it is expensive.
 
     Workers are numbered in the order in which they were first seen, from 0; a number is free again when its worker is
     gone. The ninth and later ones are summed as ``worker/rest``.
@@ -205,7 +205,7 @@ class PssCollector(Collector):
     """The memory of the whole tree with shared pages counted once: the sum of PSS from ``smaps_rollup``.
 
     Reading it walks the page tables: about 11 ms for each GB in 4 KiB pages, during which the target's mmap calls wait.
-    So the sampler asks at most every 1000 times what it cost, and sooner only when the tree has changed. Processes whose
+    So the sampler asks again after 2000 times what it cost, and sooner only when the tree has changed. Processes whose
     ``smaps_rollup`` may not be read (another user's, or not dumpable) count with their RSS.
     """
 

@@ -25,7 +25,7 @@ instruction, and while it is written:
 
 - *Slots* (head, now, cursors, phase rows) come in pairs that are written in turn, so that the last complete one stands
   while the next is written. The newest valid one counts.
-- A slot or line of 64 bytes in mapped memory is ``sequence word | body``. The writer sets the word to 0, copies the body
+- A slot or line in mapped memory is ``sequence word | body``. The writer sets the word to 0, copies the body
   with one slice assignment, and sets the word to the slot's number. ``struct.pack_into`` is never used on a map: it
   clears the target first.
 - Whatever is written with ``pwrite`` carries a crc32 and lies within one page. A page of windows is only overwritten
@@ -133,7 +133,8 @@ def unpack_header(page: bytes, path: str) -> dict[str, str]:
         raise RecordingFormatError(f"{path}: not a memtrack recording (it does not begin with {MAGIC.decode()})")
     if version != VERSION:
         raise RecordingFormatError(
-            f"{path}: recording of layout {version}, this memtrack reads {VERSION}. Upgrade with: pip install -U memtrack"
+            f"{path}: recording of layout {version}, this memtrack reads {VERSION}. "
+            "Upgrade with: pip install --upgrade memtrack"
         )
     text = page[_HEADER.size : _HEADER.size + length]
     if len(text) != length or crc32(text) != crc:
@@ -231,6 +232,7 @@ class Pulse:
         nan = float("nan")
         fields = (0, nan, nan, nan) if body is None else PULSE_BODY.unpack_from(body)
         self.mono_ns, self.rss_mib, self.usage_mib, self.headroom_pct = fields
+
 
 # -- windows --------------------------------------------------------------------------------------------------------
 

@@ -39,7 +39,7 @@ class Phase:
         self.id = number
         self.path = path
         self.parent = parent
-        self.depth = 0 if parent is None else parent.depth + 1
+        self.depth: int = 0 if parent is None else parent.depth + 1
         self.children: dict[str, Phase] = {}
         ids = () if parent is None else (*parent.ids(), number)
         self.packed = MARK_PATH.pack(*ids, *(0,) * (layout.MAX_DEPTH - len(ids)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from memtrack.errors import RecordingError
+from memtrack.errors import RecordingError, RecordingFormatError
 from memtrack.recording import layout
 from memtrack.recording.layout import Event, Head, Layout, Pulse
 from memtrack.recording.marks_view import MarkReader
@@ -32,7 +32,7 @@ class RecordingReader:
             size = os.fstat(self._fd).st_size
             self.fields = layout.unpack_header(os.pread(self._fd, layout.PAGE, 0), path)
             if size < layout.MIN_SIZE or size != int(self.fields.get("size", size)):
-                raise layout.RecordingFormatError(f"{path}: {size} bytes, its header says {self.fields.get('size')}")
+                raise RecordingFormatError(f"{path}: {size} bytes, its header says {self.fields.get('size')}")
         except BaseException:
             os.close(self._fd)
             raise

@@ -45,9 +45,9 @@ class Recording(RecordingReader):
         """For each metric, by name, a structured array of its windows, oldest first, shape ``(windows,)``.
 
         Fields: ``start`` and ``end`` of the window and ``max_time``, when the maximum stood, in seconds of Unix time;
-        ``min``, ``max``, ``mean``, ``last`` in the unit that the metric's name carries; ``count`` of samples, 0 where the
-        value was held over from an earlier window; ``step``, ``epoch`` (-1: none) and ``phase`` (id, see ``names()``) at
-        the maximum; ``label`` of the maximum: 1 exact, 2 sampled, 3 bound. Needs numpy.
+        ``min``, ``max``, ``mean``, ``last`` in the unit that the metric's name carries; ``count`` of samples, 0 where
+        the value was held over from an earlier window; ``step``, ``epoch`` (-1: none) and ``phase`` (id, see
+        ``names()``) at the maximum; ``label`` of the maximum: 1 exact, 2 sampled, 3 bound. Needs numpy.
         """
         np = _load("numpy", "to_numpy()")
         rows: dict[str, list[tuple[float, ...]]] = {}

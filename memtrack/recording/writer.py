@@ -18,14 +18,16 @@ if TYPE_CHECKING:
 def create(path: str, size: int, fields: dict[str, str]) -> None:
     """Make an empty recording of ``size`` bytes, mode 0600, all of it allocated.
 
-    A sparse file on a disk that fills up later would kill the training process with SIGBUS at the next write to its map;
-    here a full disk is an error before anything has started. Raises RecordingError.
+    A sparse file on a disk that fills up later would kill the training process with SIGBUS at the next write to its
+    map; here a full disk is an error before anything has started. Raises RecordingError.
     """
     header = pack_header(fields)
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except OSError as exc:
-        raise RecordingError(f"cannot make the recording {path}: {exc.strerror}. Choose a folder with MEMTRACK_DIR.") from exc
+        raise RecordingError(
+            f"cannot make the recording {path}: {exc.strerror}. Choose a folder with MEMTRACK_DIR."
+        ) from exc
     try:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(fd, 0, size)
@@ -71,7 +73,8 @@ class RecordingWriter:
         self.bin_width = 1
         self._bin: Row | None = None  # the newest page of history, still growing
         self._bin_page = -1
-        self._bins: list[tuple[int, int]] = []  # (number of its first window, page), oldest first, without the growing one
+        self._bins: list[tuple[int, int]] = []
+        """(first window, page) of each page of history but the growing one, oldest first."""
         self._free = list(range(self._layout.bins))
         self._narrow = 0  # bins from this position on have not been merged to bin_width yet
         self._phase_slots: dict[int, int] = {}

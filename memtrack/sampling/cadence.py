@@ -1,4 +1,4 @@
-"""How often to look: fast when memory moves or the limit is near, slower when nothing happens or looking costs too much."""
+"""How often to look: fast when memory moves or the limit is near, slowly when nothing happens."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ UNLIMITED_MIB = float("inf")
 class Cadence:
     """The interval to the next tick, from how fast memory moves and how much room is left.
 
-    The aim is that memory moves by no more than a fiftieth of the headroom (but 4 to 64 MiB) between two ticks. While it
-    moves, the interval is at most ``base_s``; when it has not moved for some ticks it relaxes to 0.25 s. A process that
-    has shown a spike, up and down again by more than 64 MiB within a second, is watched every 40 ms for a minute, because
-    spikes come again and the next one may be no new high-water mark that the kernel would tell.
+    The aim is that memory moves by no more than a fiftieth of the headroom (but 4 to 64 MiB) between two ticks. While
+    it moves, the interval is at most ``base_s``; when it has not moved for some ticks it relaxes to 0.25 s. A process
+    that has shown a spike, up and down again by more than 64 MiB within a second, is watched every 40 ms for a
+    minute, because spikes come again and the next one may be no new high-water mark that the kernel would tell.
     """
 
     __slots__ = ("_base_s", "_interval_s", "_last_mib", "_last_ns", "_low_mib", "_rise_ns", "_spiky_until_ns")

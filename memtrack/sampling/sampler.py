@@ -1,7 +1,7 @@
 """The body of the clock loop: asks collectors when they are due, and folds what they say into windows and phases.
 
-What is done at every tick is kept to a minimum. Between two ticks the processor's caches have gone cold, which makes the
-same code ten times dearer than in a tight loop: each line in ``tick`` counts.
+What is done at every tick is kept to a minimum. Between two ticks the processor's caches have gone cold, which makes
+the same code ten times dearer than in a tight loop: each line in ``tick`` counts.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class Sampler:
         cpu_clock_ns: Callable[[], int],
         on_window: Callable[[Row], None],
         on_phase: Callable[[Row], None],
-        on_marks: Callable[[list[Mark]], None] = lambda marks: None,
+        on_marks: Callable[[list[Mark]], None] | None = None,
         phase_limit: int = 31,
     ) -> None:
         sources = [Source(collector, now_ns) for collector in collectors]
@@ -182,7 +182,7 @@ class Sampler:
                     self._on_phase(known.row)
             self._on_window(row)
             self._row = Row(row.last + 1, now_ns)
-        # absolute deadlines: windows do not drift. Those that were missed (machine asleep) are skipped, not made up for.
+        # absolute deadlines: windows do not drift; those that were missed (machine asleep) are skipped
         if self._window_due_ns <= now_ns:
             missed = (now_ns - self._window_due_ns) // self._interval_ns
             self._window_due_ns += (missed + 1) * self._interval_ns
@@ -256,8 +256,9 @@ class Sampler:
         if places is None:
             cell.raise_max(value, now_ns, self._marks.place(), EXACT)
             return
-        # The phases changed since the last look. The window's maximum is ascribed to where the training was longest; for
-        # each phase that was open in between the height is an upper bound, since it cannot be told in which it stood.
+        # The phases changed since the last look. The window's maximum is ascribed to where the training was longest;
+        # for each phase that was open in between the height is an upper bound, since it cannot be told in which it
+        # stood.
         self._row.add(metric, cell.last, now_ns, places[0], 0.0)
         self._row.raise_max(metric, value, now_ns, places[0], EXACT)
         for place in places:
@@ -272,7 +273,8 @@ class Sampler:
         """
         marks = self._marks.drain()
         self._marks_seen = self._marks.written()
-        self._on_marks(marks)
+        if self._on_marks is not None:
+            self._on_marks(marks)
         place = self._marks.place()
         stays: dict[tuple[int, ...], int] = {}
         at, since_ns = self._place.phases, self._last_ns
@@ -335,7 +337,9 @@ class Sampler:
         else:
             headroom_pct = latest.get(metrics.CONTAINER_HEADROOM)
             limit_mib = latest.get(metrics.CONTAINER_LIMIT)
-            headroom_mib = UNLIMITED_MIB if headroom_pct is None or limit_mib is None else limit_mib * headroom_pct / 100.0
+            headroom_mib = UNLIMITED_MIB
+            if headroom_pct is not None and limit_mib is not None:
+                headroom_mib = limit_mib * headroom_pct / 100.0
             interval_s = self._cadence.next_interval_s(now_ns, latest.get(metrics.RSS, 0.0), headroom_mib)
         self._tick_due_ns = max(self._tick_due_ns + int(interval_s * 1e9), now_ns)
         self.due_ns = min(self._tick_due_ns, self._window_due_ns)

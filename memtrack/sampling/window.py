@@ -1,9 +1,9 @@
 """Windows: what is kept of the samples of an interval. Two windows merge exactly.
 
-A window is a :class:`Row` of cells, one a metric. A cell keeps the smallest, largest and last value, the mean weighted by
-time (samples come faster when memory moves, so a plain mean would lean towards the spikes), and when and at which
-step, epoch and phase the largest value stood. Merging two rows gives the same row as sampling their joint interval would
-have given, but for the rounding of the mean.
+A window is a :class:`Row` of cells, one a metric. A cell keeps the smallest, largest and last value, the mean
+weighted by time (samples come faster when memory moves, so a plain mean would lean towards the spikes), and when and
+at which step, epoch and phase the largest value stood. Merging two rows gives the same row as sampling their joint
+interval would have given, but for the rounding of the mean.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         def place(self) -> Place:
             """Now."""
 
+
 NO_STEP = -1
 
 EXACT, SAMPLED, BOUND = 1, 2, 3
@@ -26,7 +27,7 @@ LABELS = {EXACT: "exact", SAMPLED: "sampled", BOUND: "bound"}
 
 
 class Place:
-    """Where the training stood: step, epoch (``NO_STEP`` if none was marked), and the ids of the phases, outermost first."""
+    """Where the training stood: step, epoch (``NO_STEP``: none marked), ids of the phases, outermost first."""
 
     __slots__ = ("epoch", "phases", "step")
 

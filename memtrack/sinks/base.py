@@ -34,7 +34,7 @@ class Batch:
         return len(self.windows)
 
     def points(self) -> Iterator[Point]:
-        """For each window the mean of each selected metric, at the end of the window, and its peak where it has a twin."""
+        """For each window the mean of each selected metric, at the window's end, and its peak where it has a twin."""
         for row in self.windows:
             timestamp_ms = round(row.end_wall_ns / 1e6)
             for name, cell in row.cells.items():
@@ -76,7 +76,7 @@ class Sink(Protocol):
 
     @property
     def key(self) -> str:
-        """Which run of which tracker this is, such as ``mlflow:RUN_ID``; at most 40 bytes. Cursors are kept under it."""
+        """Which run of which tracker: ``mlflow:RUN_ID``. At most 40 bytes. Cursors are kept under it."""
 
     def write(self, batch: Batch) -> None:
         """Deliver the batch. Returns when the tracker has it."""

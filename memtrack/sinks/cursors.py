@@ -16,7 +16,7 @@ class CursorWriter:
         self._turn = 0
 
     def put(self, key: str, delivered: int) -> None:
-        """Note that all windows before number ``delivered`` have arrived. With more than 32 sinks the oldest is forgotten."""
+        """Note that all windows before number ``delivered`` have arrived. Of more than 32 sinks the oldest goes."""
         slot = self._slots.setdefault(key, len(self._slots) % layout.CURSOR_COUNT)
         self._turn += 1
         offset = layout.CURSORS + (2 * slot + (self._turn & 1)) * layout.LINE

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 class JsonLinesSink:
     """Appends one JSON object a point to a file: ``{"name", "value", "timestamp_ms"}``, and one with the final figures.
 
-    ``path`` defaults to the recording's with ``.jsonl``; the file gets mode 0600. A repeated batch is written again: tell
-    repeated points by name and time stamp. Raises RecordingError if the file cannot be opened.
+    ``path`` defaults to the recording's with ``.jsonl``; the file gets mode 0600. A repeated batch is written again:
+    tell repeated points by name and time stamp. Raises RecordingError if the file cannot be opened.
     """
 
     def __init__(self, *, path: str | None = None, recording: str = "memtrack.mtk") -> None:

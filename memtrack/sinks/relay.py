@@ -25,7 +25,7 @@ CUT_TIMEOUT_S = 1.0
 
 
 class Feed:
-    """One sink and the part of the recording that is its: windows whose middle lies between ``start_ns`` and ``end_ns``."""
+    """One sink and its part of the recording: the windows whose middle lies between ``start_ns`` and ``end_ns``."""
 
     def __init__(self, sink: Sink, start_ns: int, first: int) -> None:
         self.sink = sink
@@ -87,8 +87,8 @@ class Relay:
     def end(self, feed: Feed, end_ns: int, cut: int, timeout_s: float) -> bool:
         """Deliver what is left of a feed up to ``end_ns`` and finish its sink; wait for that at most ``timeout_s``.
 
-        ``cut`` is the request to the agent to finish the window; see ``MarkWriter.request_cut``. What cannot be delivered
-        in time is tried again as long as the process lives. Returns whether it is done.
+        ``cut`` is the request to the agent to finish the window; see ``MarkWriter.request_cut``. What cannot be
+        delivered in time is tried again as long as the process lives. Returns whether it is done.
         """
         feed.cut = cut
         feed.end_ns = end_ns
