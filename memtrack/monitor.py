@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from memtrack import config
 from memtrack.agent.launch import AgentHandle, spawn
-from memtrack.collectors.procfs import start_ticks
+from memtrack.collectors.procfs import program_name, start_ticks
 from memtrack.errors import MonitorError, RecordingError
 from memtrack.notices import warn_once
 from memtrack.recording import layout
@@ -92,6 +92,7 @@ class Monitor:
         self._attached: list[Attached] = []
         self._agent = self._launch()
         self._marks = MarkWriter(self.path)
+        self._marks.wake = self._agent.wake
         self._reader = RecordingReader(self.path)
         if self._own:
             active.monitor, active.marks = self, self._marks
@@ -176,7 +177,8 @@ class Monitor:
             "size": str(self.settings.recording_bytes),
             "pid": str(self._pid),
             "start_ticks": str(_start_ticks(self._pid)),
-            "boot_id": _boot_id(),
+            "boot_id": boot_id(),
+            "program": program_name(self._pid),
             "wall_ns": str(time.time_ns()),
             "mono_ns": str(time.monotonic_ns()),
             "interval_s": repr(self.settings.interval_s),
@@ -219,7 +221,7 @@ class Monitor:
             return True
         if feed.end_ns is None:
             return self._relay.end(feed, time.monotonic_ns(), self._request_cut(), timeout_s)
-        return feed.done.wait(timeout_s)
+        return self._relay.wait(feed, timeout_s)
 
     def _request_cut(self) -> int:
         cut = self._marks.request_cut()
@@ -247,7 +249,8 @@ def _start_ticks(pid: int) -> int:
         raise MonitorError(f"there is no process {pid}") from exc
 
 
-def _boot_id() -> str:
+def boot_id() -> str:
+    """What names this boot of the machine; "" where there is no such thing."""
     try:
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
             return file.read().strip()

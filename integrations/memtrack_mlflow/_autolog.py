@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
-import threading
 from typing import TYPE_CHECKING, Any
 
 import wrapt
@@ -29,9 +29,9 @@ class _Follower:
 
     def __init__(self, attach: Attach) -> None:
         self._attach = attach
-        self._attached: dict[str, Any] = {}
-        self._lock = threading.Lock()
-        self._patched: list[tuple[type, str, Any]] = []
+        # by process too: what a forked child finds here is its parent's
+        self._attached: dict[tuple[int, str], Any] = {}
+        self._patched: list[tuple[type, str, Any, Any]] = []
         self._off = False
 
     def install(self, fluent: Any) -> None:
@@ -42,28 +42,31 @@ class _Follower:
         self._patch(fluent.MlflowClient, "set_terminated", self._around_end)
         run = fluent.active_run()
         if run is not None:
-            self._started(run.info.run_id)
+            self._started(run.info)
 
     def remove(self) -> None:
         """Put the originals back, and let go of the runs that are being followed."""
         self._off = True
-        for owner, name, original in self._patched:
-            setattr(owner, name, original)
-        self._patched.clear()
-        for run_id in list(self._attached):
+        while self._patched:
+            owner, name, original, ours = self._patched.pop()
+            # who has patched since then calls ours, which passes on and does nothing else from now on
+            if getattr(owner, name) is ours:
+                setattr(owner, name, original)
+        for _, run_id in list(self._attached):
             self._ended(run_id)
 
     def _patch(self, owner: type, name: str, around: Callable[[Any], Any]) -> None:
         original = getattr(owner, name)
-        self._patched.append((owner, name, original))
-        setattr(owner, name, functools.wraps(original)(around(original)))
+        ours = functools.wraps(original)(around(original))
+        self._patched.append((owner, name, original, ours))
+        setattr(owner, name, ours)
 
     def _around_start(self, original: Any) -> Any:
         def started(active_run: Any, *args: Any, **kwargs: Any) -> None:
             original(active_run, *args, **kwargs)
             info = getattr(active_run, "info", None)
             if info is not None:
-                self._started(info.run_id)
+                self._started(info)
 
         return started
 
@@ -75,16 +78,17 @@ class _Follower:
 
         return set_terminated
 
-    def _started(self, run_id: str) -> None:
-        with self._lock:
-            if run_id in self._attached or self._off:
-                return
-            self._attached[run_id] = None
-        self._attached[run_id] = self._attach(lambda: MlflowSink(run_id=run_id))
+    def _started(self, info: Any) -> None:
+        key = (os.getpid(), info.run_id)
+        claim = object()
+        # no lock: a forked child might find it held by a thread that it does not have
+        if self._off or self._attached.setdefault(key, claim) is not claim:
+            return
+        self._attached[key] = self._attach(lambda: MlflowSink(run_id=info.run_id, start_time_ms=info.start_time))
 
     def _ended(self, run_id: str) -> None:
-        attached = self._attached.pop(run_id, None)
-        if attached is not None:
+        attached = self._attached.pop((os.getpid(), run_id), None)
+        if hasattr(attached, "detach"):
             attached.detach()
 
 

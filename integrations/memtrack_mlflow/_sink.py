@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import sys
+import os
 from importlib import import_module
+from time import time
 from typing import TYPE_CHECKING, Any
 
 import memtrack
-from memtrack.errors import DeliveryError, MissingDependencyError, RejectedError
+from memtrack.errors import DeliveryError, MissingDependencyError
+from memtrack_mlflow._run import Value, run_writer, translate
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -20,34 +22,39 @@ MAX_METRICS = 1000
 PREFIX = "system/"
 """Keys that begin so stand in the System metrics tab, over time; the section is the rest up to the last slash."""
 
-REFUSED = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED", "INVALID_STATE", "NOT_FOUND"}
-
 
 class MlflowSink:
-    """Feeds one run: the one given, else the active one, else one that it starts, as ``mlflow.log_metric`` would.
+    """Feeds one run: the one given, else the active one, else that of ``MLFLOW_RUN_ID``, else one that it makes.
 
-    A run that it starts itself it also ends. Each point carries the time of its window's end, and as its step the whole
-    seconds since the run began, so that steps go on when a run is resumed. MLflow keeps a point that comes twice (same
-    key, time, step and value) once, so a batch may be repeated.
+    A run that it makes itself it also ends. That run never is the active one: ``mlflow.start_run()`` would not start
+    another beside it. Each point carries the time of its window's end, and as its step the whole seconds since the run
+    began, so that steps go on when a run is resumed. MLflow keeps a point that comes twice (same key, time, step and
+    value) once, so a batch may be repeated.
 
     Args:
         run_id: The run to feed. Its server is the one that ``mlflow.get_tracking_uri()`` names now.
+        start_time_ms: When that run began, in milliseconds of Unix time. Asked of MLflow if it is not given.
         recording: Path of the recording; not used.
+
+    Raises:
+        MissingDependencyError: MLflow is not installed.
+        DeliveryError: MLflow could not make a run.
     """
 
-    def __init__(self, *, run_id: str | None = None, recording: str = "") -> None:
+    def __init__(self, *, run_id: str | None = None, start_time_ms: int | None = None, recording: str = "") -> None:
         mlflow = _mlflow()
+        client = mlflow.MlflowClient(tracking_uri=mlflow.get_tracking_uri())
         self._owned = False
         if run_id is None:
             run = mlflow.active_run()
-            if run is None:
-                run = mlflow.start_run()
+            if run is None and not os.environ.get("MLFLOW_RUN_ID"):
+                run = translate(_create_run, client)
                 self._owned = True
-            run_id = run.info.run_id
+            run_id = run.info.run_id if run is not None else os.environ["MLFLOW_RUN_ID"]
+            start_time_ms = run.info.start_time if run is not None else None
         self.run_id: str = run_id
-        self._client = mlflow.MlflowClient(tracking_uri=mlflow.get_tracking_uri())
-        self._entities = import_module("mlflow.entities")
-        self._start_ms: int | None = None
+        self._start_ms = start_time_ms
+        self._run = run_writer(client, run_id)
 
     @property
     def key(self) -> str:
@@ -56,54 +63,38 @@ class MlflowSink:
     def write(self, batch: Batch) -> None:
         points = list(batch.points())
         for first in range(0, len(points), MAX_METRICS):
-            self._log(metrics=self._metrics(points[first : first + MAX_METRICS]))
+            self._run.log(self._values(points[first : first + MAX_METRICS]), {})
 
     def finish(self, figures: RunFigures) -> None:
-        tags = [self._entities.RunTag(f"memtrack.{key}", value) for key, value in _tags(figures).items()]
-        timestamp_ms = round(1000 * _now_s())
-        metrics = [
-            self._entities.Metric(f"memtrack/{key}", value, timestamp_ms, 0) for key, value in _numbers(figures).items()
-        ]
-        self._log(metrics=metrics, tags=tags)
+        timestamp_ms = round(1000 * time())
+        tags = {f"memtrack.{key}": value for key, value in _tags(figures).items()}
+        metrics = [Value(f"memtrack/{key}", value, timestamp_ms, 0) for key, value in _numbers(figures).items()]
+        self._run.log(metrics, tags)
 
     def close(self) -> None:
         if self._owned:
             self._owned = False
-            active = sys.modules["mlflow"].active_run()
             try:
-                if active is not None and active.info.run_id == self.run_id:
-                    sys.modules["mlflow"].end_run()
-                else:
-                    self._client.set_terminated(self.run_id)
-            except Exception:
+                self._run.finish(round(1000 * time()))
+            except DeliveryError:
                 # the run stays open at a server that does not answer; the recording has everything
                 return
 
-    def _metrics(self, points: Iterable[Point]) -> list[Any]:
-        start_ms = self._run_start_ms()
-        make = self._entities.Metric
+    def _values(self, points: Iterable[Point]) -> list[Value]:
+        if self._start_ms is None:
+            self._start_ms = self._run.start_time_ms()
+        start_ms = self._start_ms
         return [
-            make(PREFIX + point.name, point.value, point.timestamp_ms, max(point.timestamp_ms - start_ms, 0) // 1000)
-            for point in points
+            Value(PREFIX + name, value, timestamp_ms, max(timestamp_ms - start_ms, 0) // 1000)
+            for name, value, timestamp_ms in points
         ]
 
-    def _run_start_ms(self) -> int:
-        if self._start_ms is None:
-            self._start_ms = int(_translate(self._client.get_run, self.run_id).info.start_time)
-        return self._start_ms
 
-    def _log(self, **what: Any) -> None:
-        _translate(self._client.log_batch, self.run_id, **what)
-
-
-def _translate(call: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call MLflow; what it raises becomes DeliveryError, or RejectedError where trying again is pointless."""
-    try:
-        return call(*args, **kwargs)
-    except Exception as exc:
-        code = str(getattr(exc, "error_code", ""))
-        text = str(exc).partition("\n")[0]
-        raise (RejectedError if code in REFUSED else DeliveryError)(f"{code or type(exc).__name__}: {text}") from exc
+def _create_run(client: Any) -> Any:
+    """A run as ``mlflow.start_run()`` makes it, in the experiment that is set and with its tags, but not active."""
+    fluent = import_module("mlflow.tracking.fluent")
+    tags = import_module("mlflow.tracking.context.registry").resolve_tags()
+    return client.create_run(experiment_id=fluent._get_experiment_id() or "0", tags=tags)
 
 
 def _numbers(figures: RunFigures) -> dict[str, float]:
@@ -133,12 +124,6 @@ def _tags(figures: RunFigures) -> dict[str, str]:
     if figures.agent_rss_mib is not None and figures.agent_cpu_pct is not None:
         tags["cost"] = f"agent {figures.agent_rss_mib:.1f} MiB, {figures.agent_cpu_pct:.2f} % of a core"
     return tags
-
-
-def _now_s() -> float:
-    from time import time
-
-    return time()
 
 
 def _mlflow() -> Any:

@@ -42,13 +42,14 @@ class Agent:
         self._pid_fd = self._open_pid()
         own = OwnCollector(process_time_ns, self._counters)
         now_ns = monotonic_ns()
+        self._budget = Budget(float(fields["cpu_budget_pct"]) / 100.0, now_ns, 0)
         found, self._limit_source = collectors.build(self._pid, exclude=os.getpid())
         self._sampler = Sampler(
             [*found, GaugeCollector(self._marks.gauges), own],
             self._marks,
             interval_s=float(fields["interval_s"]),
             tick_s=float(fields["tick_s"]),
-            budget=Budget(float(fields["cpu_budget_pct"]) / 100.0, now_ns, process_time_ns()),
+            budget=self._budget,
             now_ns=now_ns,
             cpu_clock_ns=process_time_ns,
             on_window=self._store,
@@ -95,7 +96,7 @@ class Agent:
         )
 
     def _serve(self) -> int:
-        """A request came from the training process: cut the window, or stop."""
+        """The training process has something: cut the window, stop, or look now because a phase began or ended."""
         try:
             os.read(self._wake_fd, 8)
         except OSError:
@@ -107,6 +108,8 @@ class Agent:
             self._sampler.cut_on_request(monotonic_ns(), time_ns())
             self._head.cut = cut
             self._publish()
+        elif not self._budget.exhausted:
+            self._tick()
         return RUNNING
 
     def _finish(self, state: int) -> None:

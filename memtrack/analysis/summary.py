@@ -68,6 +68,7 @@ def _figures(total: Row, reader: RecordingReader, windows: int) -> RunFigures:
     own_rss, own_cpu = cells.get(metrics.SELF_AGENT_RSS), cells.get(metrics.SELF_CPU)
     figures = RunFigures(
         peak_tree_pss_mib=_max(cells.get(metrics.TREE_PSS)),
+        processes_max=int(_max(cells.get(metrics.TREE_PROCESSES)) or 1),
         limit_mib=_min(cells.get(metrics.CONTAINER_LIMIT)),
         limit_source=head.limit_source,
         headroom_min_pct=_min(cells.get(metrics.CONTAINER_HEADROOM)),
@@ -113,8 +114,9 @@ def render(summary: Summary) -> str:
     if figures.peak_rss_mib is None:
         return "memtrack: nothing was sampled"
     lines = [f"memtrack: peak {size(figures.peak_rss_mib)} resident ({figures.peak_label}){_where(figures)}"]
-    if figures.peak_tree_pss_mib is not None:
-        lines.append(f"  tree      {size(figures.peak_tree_pss_mib)} at most, with all descendants (PSS)")
+    if figures.peak_tree_pss_mib is not None and figures.processes_max > 1:
+        tree = f"{size(figures.peak_tree_pss_mib)} with all {figures.processes_max} processes"
+        lines.append(f"  tree      {tree} (PSS: shared pages count once)")
     if figures.limit_mib is not None and figures.headroom_min_pct is not None:
         limit = f"{size(figures.limit_mib)} ({figures.limit_source})"
         lines.append(f"  headroom  {figures.headroom_min_pct:.0f} % at the least, of {limit}")
@@ -128,7 +130,7 @@ def render(summary: Summary) -> str:
             )
     if figures.agent_rss_mib is not None:
         cpu = "" if figures.agent_cpu_pct is None else f", {figures.agent_cpu_pct:.2f} % of a core"
-        spent = f"{figures.windows} windows in {figures.seconds:.0f} s"
+        spent = f"{figures.windows} windows in {figures.seconds:.1f} s"
         lines.append(f"  memtrack  agent {figures.agent_rss_mib:.1f} MiB{cpu}, {spent}")
     if figures.dropped:
         lines.append(f"  dropped   {figures.dropped} marks, phases or windows found no room")

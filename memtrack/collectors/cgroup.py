@@ -166,13 +166,13 @@ class CgroupUsageCollector(Collector):
 
 
 class CgroupStatCollector(Collector):
-    """The limit, what the usage is made of, and OOM kills: once a second.
+    """The limit, what the usage is made of, and OOM kills: every two seconds.
 
     ``collect`` raises OSError once the cgroup has been removed. All values but the limit are of the cgroup that
     ``CgroupUsageCollector`` reports, descendants included.
     """
 
-    period_s = 1.0
+    period_s = 2.0
 
     def __init__(self, watch: LimitWatch) -> None:
         self._watch = watch

@@ -41,7 +41,7 @@ class ProcessCollector(Collector):
         return () if peak is None else ((metrics.RSS, peak),)
 
     def text(self) -> bytes:
-        """``status`` as read at the last tick."""
+        """``status`` as it was read last."""
         return self._text
 
     def close(self) -> None:

@@ -8,6 +8,11 @@ from __future__ import annotations
 
 import os
 
+from memtrack.metrics import MIB
+
+PAGE_MIB = (os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096) / MIB
+"""Size of a page, in which ``statm`` counts."""
+
 
 class HeldFile:
     """One small text file, opened once. ``read`` raises OSError if it has gone; not thread-safe."""
@@ -56,3 +61,39 @@ def start_ticks(pid: int, proc: str = "/proc") -> int:
     with open(f"{proc}/{pid}/stat", "rb") as file:
         text = file.read()
     return int(text[text.rindex(b")") + 2 :].split()[19])
+
+
+def program_name(pid: int, proc: str = "/proc") -> str:
+    """What process ``pid`` runs, without its arguments, which may hold secrets: ``train.py``, ``torchrun``, ``python -c``.
+
+    Of an interpreter it is the script or module. At most 100 characters, all printable; "" if there is no such process.
+    """
+    try:
+        with open(f"{proc}/{pid}/cmdline", "rb") as file:
+            words = os.fsdecode(file.read(65536)).split("\0")
+        if not words[0]:  # a zombie or a kernel thread
+            with open(f"{proc}/{pid}/comm", "rb") as file:
+                words = [os.fsdecode(file.read()).strip()]
+    except OSError:
+        return ""
+    # a title that the program gave itself is one word with blanks, and may repeat its arguments
+    name = os.path.basename(words[0].split(" ", 1)[0])
+    if name.startswith(("python", "pypy")):
+        name = _script(words[1:]) or name
+    return "".join(char if char.isprintable() else "?" for char in name[:100])
+
+
+def _script(words: list[str]) -> str:
+    """The script or module among the arguments of a Python interpreter."""
+    rest = iter(words)
+    for word in rest:
+        if word.startswith(("-W", "-X", "--")):
+            if word in ("-W", "-X", "--check-hash-based-pycs"):
+                next(rest, "")
+        elif not word.startswith("-"):
+            return os.path.basename(word)
+        elif "c" in word:
+            return "python -c"
+        elif "m" in word:
+            return word.partition("m")[2] or next(rest, "")
+    return ""

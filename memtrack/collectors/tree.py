@@ -6,7 +6,7 @@ import os
 
 from memtrack import metrics
 from memtrack.collectors.base import Collector
-from memtrack.collectors.procfs import HeldFile, field_kib, open_held
+from memtrack.collectors.procfs import PAGE_MIB, HeldFile, field_kib, open_held
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
     from memtrack.collectors.base import Sample
 
-PAGE_MIB = (os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096) / metrics.MIB
 WORKERS = 8
 MAX_PROCESSES = 512
 RELIST_TICKS = 10
@@ -208,6 +207,8 @@ class PssCollector(Collector):
     So the sampler asks again after 2000 times what it cost, and sooner only when the tree has changed. Processes whose
     ``smaps_rollup`` may not be read (another user's, or not dumpable) count with their RSS.
     """
+
+    period_s = 2.0
 
     def __init__(self, tree: TreeCollector, proc: str = "/proc") -> None:
         self._tree = tree

@@ -10,6 +10,10 @@ from time import monotonic_ns
 from memtrack.recording import layout
 from memtrack.recording.layout import GAUGE_BODY, MARK_BODY, MARK_PATH, NOW_BODY
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 _pack_now = NOW_BODY.pack
 _pack_mark = MARK_BODY.pack
 _pack_gauge = GAUGE_BODY.pack
@@ -28,6 +32,8 @@ _CUT_WORD = layout.CONTROL // 8 + layout.CUT
 _STOP_WORD = layout.CONTROL // 8 + layout.STOP
 _WRITTEN_WORD = layout.CONTROL // 8 + layout.MARKS_WRITTEN
 _REFUSED_WORD = layout.CONTROL // 8 + layout.MARKS_REFUSED
+
+WAKE_NS = 20_000_000
 
 
 class Phase:
@@ -73,6 +79,9 @@ class MarkWriter:
         self._names: dict[str, int] = {"": 0}
         self._gauges: dict[str, int] = {}
         self._gauge_turn = 0
+        self._woke_ns = 0
+        self.wake: Callable[[], None] | None = None
+        """Called when a phase begins or ends, at most every 20 ms: a sample there keeps phases apart."""
 
     def step(self, step: int) -> None:
         """The training has reached this step."""
@@ -98,7 +107,7 @@ class MarkWriter:
             phase = self._phase.children.get(name) or self._new_phase(self._phase, name)
             if phase is not None:
                 self._phase = phase
-                self._mark(layout.PHASE_BEGIN, phase.id, 0.0)
+                self._wake_after(self._mark(layout.PHASE_BEGIN, phase.id, 0.0))
             return phase
 
     def end(self, phase: Phase) -> None:
@@ -108,7 +117,7 @@ class MarkWriter:
                 self._phase = phase.parent
             else:
                 self._phase = self._without(self._phase, phase)
-            self._mark(layout.PHASE_END, phase.id, 0.0)
+            self._wake_after(self._mark(layout.PHASE_END, phase.id, 0.0))
 
     def mark(self, name: str, value: float = 0.0) -> None:
         """Something worth a note has happened."""
@@ -149,17 +158,24 @@ class MarkWriter:
 
     # The rest is called with the lock held.
 
-    def _mark(self, kind: int, name: int, value: float) -> None:
+    def _mark(self, kind: int, name: int, value: float) -> int:
+        """Returns the time that the mark carries."""
         self._marks = number = self._marks + 1
         words = self._words
         word, at = _MARKS[number % _COUNT]
         phase = self._phase
         words[word] = 0
         self._bytes[at] = (
-            _pack_mark(kind, phase.depth, name, self._epoch, self._step, monotonic_ns(), value) + phase.packed
+            _pack_mark(kind, phase.depth, name, self._epoch, self._step, now_ns := monotonic_ns(), value) + phase.packed
         )
         words[word] = number
         words[_WRITTEN_WORD] = number
+        return now_ns
+
+    def _wake_after(self, now_ns: int) -> None:
+        if now_ns - self._woke_ns > WAKE_NS and self.wake is not None:
+            self._woke_ns = now_ns
+            self.wake()
 
     def _name(self, name: str) -> int:
         """Id of a name, given at its first use; 0, the nameless, when the table is full."""

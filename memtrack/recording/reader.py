@@ -6,7 +6,7 @@ import os
 
 from memtrack.errors import RecordingError, RecordingFormatError
 from memtrack.recording import layout
-from memtrack.recording.layout import Event, Head, Layout, Pulse
+from memtrack.recording.layout import Event, Head, Layout, Mark, Pulse
 from memtrack.recording.marks_view import MarkReader
 from memtrack.sampling.window import Place, Row
 
@@ -91,6 +91,10 @@ class RecordingReader:
             layout.unpack_event(ring[at : at + layout.EVENT_SIZE]) for at in range(0, len(ring), layout.EVENT_SIZE)
         )
         return sorted((event for event in found if event is not None), key=lambda event: event.number)
+
+    def marks(self) -> list[Mark]:
+        """The newest marks of the trainer, oldest first: at most 512, of phases, epochs and what it named."""
+        return MarkReader(self._read(0, layout.METRICS)).drain()
 
     def place(self) -> Place:
         """Step, epoch and open phases as the trainer marked them last."""

@@ -66,7 +66,7 @@ class Source:
         """At its time, or sooner if its values are known to be out of date."""
         if now_ns >= self.due_ns:
             return True
-        return self.collector.stale and now_ns >= self.last_ns + max(self.period_ns, STALE_FACTOR * self.cost_ns)
+        return self.collector.stale and now_ns >= self.last_ns + max(self.period_ns // 4, STALE_FACTOR * self.cost_ns)
 
 
 class PhaseRow:
@@ -249,16 +249,16 @@ class Sampler:
     def _raise(self, metric: str, value: float, now_ns: int, places: list[Place] | None) -> None:
         """The kernel's high-water mark rose: the metric stood so high since the last look, whether sampled or not."""
         cell = self._span.get(metric)
-        if cell is None or value <= cell.max:
+        if cell is None:
             return
         if value > cell.max + HIGH_WATER_TOLERANCE_MIB:
             self._cadence.spike_seen(now_ns)
         if places is None:
-            cell.raise_max(value, now_ns, self._marks.place(), EXACT)
+            if value > cell.max:
+                cell.raise_max(value, now_ns, self._marks.place(), EXACT)
             return
         # The phases changed since the last look. The window's maximum is ascribed to where the training was longest;
-        # for each phase that was open in between the height is an upper bound, since it cannot be told in which it
-        # stood.
+        # for each phase that was open in between the height is an upper bound, as nobody can tell in which it stood.
         self._row.add(metric, cell.last, now_ns, places[0], 0.0)
         self._row.raise_max(metric, value, now_ns, places[0], EXACT)
         for place in places:

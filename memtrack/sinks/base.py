@@ -56,6 +56,7 @@ class RunFigures(NamedTuple):
     peak_step: int | None = None
     peak_epoch: int | None = None
     peak_tree_pss_mib: float | None = None
+    processes_max: int = 1
     limit_mib: float | None = None
     limit_source: str = ""
     headroom_min_pct: float | None = None

@@ -20,7 +20,11 @@ if TYPE_CHECKING:
     from memtrack.sinks.base import RunFigures, Sink
 
 BATCH_WINDOWS = 64
-BACKOFF_S = (1.0, 60.0)
+BACKOFF_S = (1.0, 10.0)
+"""First and longest pause after a failure. The longest is that between two flushes by default, so that a tracker that is
+back has what is new within seconds, and one that is down is asked no more often than one that is up."""
+PATIENCE_S = 2.0
+"""The most that the end of one feed is waited for, over all the calls that wait for it."""
 CUT_TIMEOUT_S = 1.0
 
 
@@ -38,6 +42,7 @@ class Feed:
         self.done = threading.Event()
         self.failures = 0
         self.retry_at = 0.0
+        self.patience_s = PATIENCE_S
         self.dropped = 0
         """Windows that the tracker refused for good."""
 
@@ -50,9 +55,9 @@ class Feed:
 class Relay:
     """Drains a recording into sinks, every ``flush_interval_s`` and whenever a feed ends.
 
-    A sink that fails is tried again after 1 s, then 2, up to a minute, with jitter; its windows wait in the recording.
-    One that refuses a batch for good loses that batch, which is counted. Thread-safe; the thread is a daemon and is
-    started with the first feed.
+    A sink that fails is tried again after 1 s, then 2, up to 10, with jitter, or when it said; its windows wait in the
+    recording. One that refuses a batch for good loses that batch, which is counted. Thread-safe; the thread is a daemon
+    and is started with the first feed.
     """
 
     def __init__(
@@ -70,6 +75,8 @@ class Relay:
         self._figures = figures
         self._feeds: list[Feed] = []
         self._lock = threading.Lock()
+        self._changed = threading.Condition()
+        """A feed is done, or has failed."""
         self._wake = threading.Event()
         self._closing = False
         self._thread: threading.Thread | None = None
@@ -85,15 +92,31 @@ class Relay:
         return feed
 
     def end(self, feed: Feed, end_ns: int, cut: int, timeout_s: float) -> bool:
-        """Deliver what is left of a feed up to ``end_ns`` and finish its sink; wait for that at most ``timeout_s``.
+        """Deliver what is left of a feed up to ``end_ns`` and finish its sink; wait for that as ``wait`` does.
 
         ``cut`` is the request to the agent to finish the window; see ``MarkWriter.request_cut``. What cannot be
-        delivered in time is tried again as long as the process lives. Returns whether it is done.
+        delivered in time is tried again as long as the relay runs. Returns whether it is done.
         """
         feed.cut = cut
         feed.end_ns = end_ns
+        feed.retry_at = 0.0
         self._wake.set()
-        return feed.done.wait(timeout_s if feed.failures == 0 else min(timeout_s, 0.1))
+        return self.wait(feed, timeout_s)
+
+    def wait(self, feed: Feed, timeout_s: float) -> bool:
+        """Wait until a feed that has been ended is done, and return whether it is.
+
+        Not longer than ``timeout_s``, nor than what is left of its ``PATIENCE_S``, nor at all when the next try would
+        come later than that.
+        """
+        start = monotonic()
+        deadline = start + min(timeout_s, feed.patience_s)
+        with self._changed:
+            while not (feed.done.is_set() or self._closing or feed.retry_at > deadline):
+                if not self._changed.wait(max(deadline - monotonic(), 0.0)):
+                    break
+        feed.patience_s = max(feed.patience_s - (monotonic() - start), 0.0)
+        return feed.done.is_set()
 
     def flush(self, timeout_s: float) -> bool:
         """Deliver what is there now. Returns whether every sink has it."""
@@ -108,11 +131,13 @@ class Relay:
         return False
 
     def close(self, timeout_s: float) -> None:
-        """Stop the thread; feeds should have been ended. Waits at most ``timeout_s``."""
+        """Stop the thread; feeds should have been ended. Waits at most ``timeout_s``; hardly at all if not."""
         self._closing = True
         self._wake.set()
         if self._thread is not None:
-            self._thread.join(timeout_s)
+            with self._lock:
+                idle = all(feed.done.is_set() for feed in self._feeds)
+            self._thread.join(timeout_s if idle else min(timeout_s, 0.1))
             if self._thread.is_alive():
                 return  # it hangs in a tracker's client; the process may exit, it is a daemon
         self._cursors.close()
@@ -129,6 +154,8 @@ class Relay:
             for feed in feeds:
                 if monotonic() >= feed.retry_at:
                     self._serve(feed)
+                    with self._changed:
+                        self._changed.notify_all()
             with self._lock:
                 self._feeds = [feed for feed in self._feeds if not feed.done.is_set()]
         for feed in self._feeds:

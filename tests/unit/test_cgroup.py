@@ -260,8 +260,3 @@ def test_removed_cgroup(copy):
     assert dict(stat.collect(5))[metrics.CONTAINER_WORKING_SET] == 107.4921875
     usage.close()
     stat.close()
-
-
-def test_periods():
-    """Usage is asked at every tick, the rest once a second."""
-    assert (CgroupUsageCollector.period_s, CgroupStatCollector.period_s) == (0.0, 1.0)

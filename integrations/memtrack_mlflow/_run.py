@@ -1,0 +1,168 @@
+"""Writing to one MLflow run: straight to a tracking server, or through whatever store MLflow has for the URI."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from memtrack.errors import DeliveryError, RejectedError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+REFUSED = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED", "INVALID_STATE", "NOT_FOUND"}
+"""Error codes of MLflow's own that no repetition will change."""
+
+
+class Value(NamedTuple):
+    """One value of a metric, as MLflow keeps it."""
+
+    key: str
+    value: float
+    timestamp: int
+    """Milliseconds of Unix time."""
+    step: int
+
+
+class RunWriter(Protocol):
+    """What the sink does to a run. All raise DeliveryError, or RejectedError where trying again is pointless."""
+
+    def log(self, metrics: Sequence[Value], tags: Mapping[str, str]) -> None:
+        """Log at most 1000 values, and tags."""
+
+    def start_time_ms(self) -> int:
+        """When the run began, in milliseconds of Unix time."""
+
+    def finish(self, end_time_ms: int) -> None:
+        """Mark the run finished."""
+
+
+def run_writer(client: Any, run_id: str) -> RunWriter:
+    """The writer for a run that ``client``, an ``MlflowClient``, can see."""
+    store: Any = getattr(getattr(client, "_tracking_client", None), "store", None)
+    rest = sys.modules.get("mlflow.store.tracking.rest_store")
+    # a store that logs in a way of its own is left to it
+    if rest is not None and getattr(type(store), "log_batch", None) is rest.RestStore.log_batch:
+        return ServerRun(store.get_host_creds, run_id)
+    return ClientRun(client, run_id)
+
+
+class ServerRun:
+    """A run at a tracking server. One request a call, which fails at once when the server does.
+
+    ``MlflowClient`` repeats a request for minutes, inside the call, and says so in the log each time. Here the relay
+    does that, which knows when the run ends and what came since. Address, credentials, headers, TLS and time-out are
+    those of MLflow, and the connection is kept.
+    """
+
+    def __init__(self, host_creds: Callable[[], Any], run_id: str) -> None:
+        self._host_creds = host_creds
+        self._run_id = run_id
+        self._request = import_module("mlflow.utils.rest_utils").http_request
+
+    def log(self, metrics: Sequence[Value], tags: Mapping[str, str]) -> None:
+        self._call(
+            "POST",
+            "log-batch",
+            json={
+                "run_id": self._run_id,
+                # as MLflow does: JSON has no NaN and no infinity, the server takes these words
+                "metrics": [metric._replace(value=_number(metric.value))._asdict() for metric in metrics],
+                "tags": [{"key": key, "value": value} for key, value in tags.items()],
+            },
+        )
+
+    def start_time_ms(self) -> int:
+        return int(self._call("GET", "get", params={"run_id": self._run_id})["run"]["info"]["start_time"])
+
+    def finish(self, end_time_ms: int) -> None:
+        self._call("POST", "update", json={"run_id": self._run_id, "status": "FINISHED", "end_time": end_time_ms})
+
+    def _call(self, method: str, endpoint: str, **what: Any) -> Any:
+        try:
+            response = self._request(
+                self._host_creds(),
+                f"/api/2.0/mlflow/runs/{endpoint}",
+                method,
+                max_retries=0,
+                retry_codes=frozenset(),
+                raise_on_status=False,
+                **what,
+            )
+        except Exception as exc:
+            raise DeliveryError(f"no answer from the tracking server: {_reason(exc)}") from exc
+        try:
+            answer = json.loads(response.text or "{}")
+        except ValueError:
+            answer = None
+        if response.status_code == 200 and answer is not None:
+            return answer
+        raise _refusal(response, answer if isinstance(answer, dict) else {})
+
+
+class ClientRun:
+    """A run behind any other store, such as a database that this process writes to itself."""
+
+    def __init__(self, client: Any, run_id: str) -> None:
+        self._client = client
+        self._run_id = run_id
+        self._entities = import_module("mlflow.entities")
+
+    def log(self, metrics: Sequence[Value], tags: Mapping[str, str]) -> None:
+        translate(
+            self._client.log_batch,
+            self._run_id,
+            metrics=[self._entities.Metric(*metric) for metric in metrics],
+            tags=[self._entities.RunTag(key, value) for key, value in tags.items()],
+        )
+
+    def start_time_ms(self) -> int:
+        return int(translate(self._client.get_run, self._run_id).info.start_time)
+
+    def finish(self, end_time_ms: int) -> None:
+        translate(self._client.set_terminated, self._run_id, "FINISHED", end_time_ms)
+
+
+def translate(call: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call MLflow; what it raises becomes DeliveryError, or RejectedError where trying again is pointless."""
+    try:
+        return call(*args, **kwargs)
+    except Exception as exc:
+        code = str(getattr(exc, "error_code", ""))
+        raise _error(code)(f"{code or type(exc).__name__}: {_first_line(exc)}") from exc
+
+
+def _refusal(response: Any, answer: dict[str, Any]) -> DeliveryError:
+    """What a bad answer means. Only MLflow's own error codes are final: a proxy's 404 may pass."""
+    code = str(answer.get("error_code", ""))
+    text = f"{code or f'HTTP {response.status_code}'}: {_first_line(answer.get('message') or response.reason)}"
+    if response.status_code < 500 and _error(code) is RejectedError:
+        return RejectedError(text)
+    try:
+        retry_after_s = float(response.headers.get("Retry-After", ""))
+    except ValueError:
+        retry_after_s = None
+    return DeliveryError(text, retry_after_s)
+
+
+def _error(code: str) -> type[DeliveryError]:
+    return RejectedError if code in REFUSED else DeliveryError
+
+
+def _reason(exc: BaseException) -> str:
+    """The innermost cause. It says what happened in a few words, and names no URL, which might hold a password."""
+    while (inner := exc.__cause__ or exc.__context__) is not None:
+        exc = inner
+    return (exc.strerror if isinstance(exc, OSError) else None) or _first_line(exc) or type(exc).__name__
+
+
+def _first_line(text: object) -> str:
+    return str(text).partition("\n")[0]
+
+
+def _number(value: float) -> Any:
+    if value != value:
+        return "NaN"
+    return "Infinity" if value == float("inf") else "-Infinity" if value == float("-inf") else value

@@ -1,0 +1,41 @@
+"""Every example runs, as a user would run it, in an empty folder."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("mlflow")
+pytest.importorskip("pandas")
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+PRINTS = {
+    "demo": ["memtrack: peak", "evaluate", "picture  .memtrack/demo/timeline.png", "mlflow ui --backend-store-uri"],
+    "mlflow_autolog": ["50 MiB: peak", "100 MiB: peak"],
+    "read_recording": ["windows, peak", "memory/process/rss_mib"],
+    "without_tracker": ["memtrack: peak", "train/validate"],
+}
+ARGUMENTS = {"demo": ["--seconds", "5"]}
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_example_runs(example, tmp_path):
+    """It exits with 0, prints what it promises, and warns of nothing of ours."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("MEMTRACK_", "MLFLOW_"))}
+    env |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'integrations'}", "MPLBACKEND": "Agg"}
+    command = [sys.executable, str(example), *ARGUMENTS.get(example.stem, [])]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    for text in PRINTS[example.stem]:
+        assert text in done.stdout
+    assert "memtrack" not in done.stderr
+
+
+def test_examples_are_short():
+    """One idea a file: at most 60 lines, but for the demo."""
+    for example in EXAMPLES:
+        if example.stem != "demo":
+            assert len(example.read_text().splitlines()) <= 60
