@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from typing import TYPE_CHECKING, TypeVar
 
 from memtrack.monitor import active
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from memtrack.recording.tables import Recording
     from memtrack.sinks.base import Sink
 
+    OpenPhases = tuple[OpenPhase | None, "OpenPhases | None"]  # the innermost, and those around it
     Function = TypeVar("Function", bound=Callable[..., object])
 
 
@@ -68,12 +70,12 @@ def start(
             "tick": tick,
         }
     )
-    wanted = [sinks] if isinstance(sinks, str) else list(sinks)
-    named = {sink: registry.load_sink(sink) for sink in wanted if isinstance(sink, str)}
     if settings.disable:
         from memtrack.disabled import DisabledMonitor
 
         return DisabledMonitor()
+    wanted = _list_of(sinks)
+    named = {sink: registry.load_sink(sink) for sink in wanted if isinstance(sink, str)}
     from memtrack.monitor import Monitor
 
     monitor = Monitor(settings)
@@ -82,6 +84,7 @@ def start(
             monitor.attach(named[sink](recording=monitor.path) if isinstance(sink, str) else sink)
     except BaseException:
         monitor.stop()
+        os.unlink(monitor.path)
         raise
     return monitor
 
@@ -140,13 +143,13 @@ class phase:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._open: OpenPhase | None = None
+        self._open: OpenPhases | None = None
 
     def __enter__(self) -> phase:
         marks = active.marks
         if marks is not None:
             try:
-                self._open = marks.begin(self._name)
+                self._open = (marks.begin(self._name), self._open)
             except Exception as exc:
                 _complain("phase", exc)
         return self
@@ -156,8 +159,11 @@ class phase:
     ) -> None:
         marks = active.marks
         if marks is not None and self._open is not None:
+            opened, self._open = self._open
+            if opened is None:
+                return
             try:
-                marks.end(self._open)
+                marks.end(opened)
             except Exception as exc:
                 _complain("phase", exc)
 
@@ -177,6 +183,19 @@ def open_recording(path: str) -> Recording:
     from memtrack.recording.tables import Recording
 
     return Recording(path)
+
+
+def _list_of(sinks: object) -> list[str | Sink]:
+    from memtrack.errors import SettingsError
+
+    try:
+        wanted = [sinks] if isinstance(sinks, str) else list(sinks)  # type: ignore[call-overload]
+    except TypeError:
+        wanted = [sinks]
+    for sink in wanted:
+        if not isinstance(sink, str) and not callable(getattr(sink, "write", None)):
+            raise SettingsError("sinks", sinks, "give names such as 'jsonl', or memtrack.sinks.Sink objects")
+    return wanted
 
 
 def _tolerate(what: str, number: object, write: Callable[[int], None]) -> None:

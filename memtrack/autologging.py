@@ -120,4 +120,8 @@ def _take_back() -> Monitor:
 def _is_worker() -> bool:
     """Whether multiprocessing started this process; it need not be loaded to know that it did not."""
     process = sys.modules.get("multiprocessing.process")
-    return process is not None and process.parent_process() is not None
+    if process is None:
+        return False
+    # while a spawned worker runs the main script, it has no parent yet, but this mark, by which multiprocessing itself
+    # refuses to start processes then
+    return process.parent_process() is not None or getattr(process.current_process(), "_inheriting", False)

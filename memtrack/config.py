@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+import sys
+from typing import TYPE_CHECKING, NamedTuple
 
 from memtrack.errors import RecordingError, SettingsError
 
@@ -16,13 +16,14 @@ if TYPE_CHECKING:
     Size = int | str
 
 MIN_RECORDING_BYTES = 1 << 20
+MAX_RECORDING_BYTES = 1 << 40
+MAX_SECONDS = 86400.0
 
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 _BYTES = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """What can be set. Make one with :func:`resolve`, which knows where a value came from when it has to complain."""
 
     interval_s: float = 1.0
@@ -80,10 +81,9 @@ def resolve(arguments: Mapping[str, object], environ: Mapping[str, str] = os.env
 def environment(settings: Settings) -> dict[str, str]:
     """``MEMTRACK_*`` variables that give a child process the settings that differ from the defaults."""
     variables = {}
-    for field in fields(Settings):
-        value = getattr(settings, field.name)
-        if value != field.default:
-            argument = next(name for name, known in _ARGUMENTS.items() if known == field.name)
+    for field, value in settings._asdict().items():
+        if value != Settings._field_defaults[field]:
+            argument = next(name for name, known in _ARGUMENTS.items() if known == field)
             variables[f"MEMTRACK_{argument.upper()}"] = value if isinstance(value, str) else _text(value)
     return variables
 
@@ -102,13 +102,13 @@ def _parse(name: str, argument: str, value: object) -> object:
     if argument in ("interval", "flush_interval", "tick"):
         found = seconds(name, value)
         smallest = {"interval": 0.05, "flush_interval": 0.1, "tick": 0.02}[argument]
-        if found < smallest:
-            raise SettingsError(name, value, f"give at least {smallest:g} seconds")
+        if not smallest <= found <= MAX_SECONDS:
+            raise SettingsError(name, value, f"give {smallest:g} to {MAX_SECONDS:g} seconds")
         return found
     if argument == "recording_size":
         size = size_bytes(name, value)
-        if size < MIN_RECORDING_BYTES:
-            raise SettingsError(name, value, "a recording needs at least 1MiB")
+        if not MIN_RECORDING_BYTES <= size <= MAX_RECORDING_BYTES:
+            raise SettingsError(name, value, "a recording needs at least 1MiB, and 1TiB at the most")
         return size - size % 4096
     if argument == "cpu_budget":
         share = _number(name, value, "a share of one core in percent, such as 0.2")
@@ -119,14 +119,20 @@ def _parse(name: str, argument: str, value: object) -> object:
         return _metrics(name, value)
     if argument == "disable":
         return value if isinstance(value, bool) else str(value).lower() not in ("0", "false", "no", "off")
-    return os.fspath(value)  # type: ignore[call-overload]
+    try:
+        return os.fsdecode(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise SettingsError(name, value, "give the path of a folder") from None
 
 
 def _metrics(name: str, value: object) -> str | tuple[str, ...]:
     if isinstance(value, str):
         chosen: Sequence[str] = [part.strip() for part in value.split(",") if part.strip()]
     else:
-        chosen = [str(part) for part in value]  # type: ignore[attr-defined]
+        try:
+            chosen = [str(part) for part in value]  # type: ignore[attr-defined]
+        except TypeError:
+            chosen = []
     if len(chosen) == 1 and chosen[0] in ("default", "all"):
         return chosen[0]
     if not chosen or any(not part.startswith("memory/") for part in chosen):
@@ -146,7 +152,7 @@ def _quantity(name: str, value: object, units: Mapping[str, float], wanted: str,
         unit = text[digits:].strip().lower() or default_unit
         if unit not in units:
             raise SettingsError(name, value, f"give {wanted}")
-        return _number(name, text[:digits], wanted, shown=value) * units[unit]
+        return min(_number(name, text[:digits], wanted, shown=value) * units[unit], sys.float_info.max)
     return _number(name, value, wanted)
 
 

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 EXIT_TIMEOUT_S = 2.0
 """The most that memtrack delays the end of a run or of the process, whatever the tracker does."""
 
+AGENT_TIMEOUT_S = 0.4
+"""The part of it that is kept for the agent, which takes some 10 ms."""
+
 
 class Active:
     """What is monitoring in this process. The functions of ``memtrack.api`` look here at each call."""
@@ -103,8 +106,8 @@ class Monitor:
 
     def attach(self, sink: Sink) -> Attached:
         """Feed a sink with the windows from now on, until it is detached or the monitor stops."""
-        if self._stopped:
-            raise MonitorError("the monitor has stopped; start another one")
+        if self._stopped or self._foreign():
+            raise MonitorError("the monitor has stopped, or is that of the parent process; start another one")
         if self._relay is None:
             self._relay = self._make_relay()
         self._request_cut()
@@ -114,6 +117,8 @@ class Monitor:
 
     def flush(self, timeout_s: float = EXIT_TIMEOUT_S) -> bool:
         """Finish the current window and deliver everything. Returns whether every sink had it within ``timeout_s``."""
+        if self._stopped or self._foreign():
+            return all(attached._feed.done.is_set() for attached in self._attached)
         deadline = time.monotonic() + timeout_s
         self._await_cut(self._request_cut(), timeout_s)
         return self._relay is None or self._relay.flush(max(deadline - time.monotonic(), 0.0))
@@ -122,7 +127,7 @@ class Monitor:
         """What the recording comes to so far. ``str()`` of it is a few lines of text."""
         from memtrack.analysis.summary import summarise
 
-        if not self._stopped:
+        if not self._stopped and not self._foreign():
             self._await_cut(self._request_cut(), 0.5)
         with RecordingReader(self.path) as reader:
             return summarise(reader)
@@ -132,12 +137,12 @@ class Monitor:
         if self._stopped:
             return
         self._stopped = True
-        if self._own and active.monitor is not self:
-            return  # in a forked child: it is the parent's
+        if self._foreign():
+            return
         deadline = time.monotonic() + EXIT_TIMEOUT_S
         try:
             for attached in self._attached:
-                attached.detach(max(deadline - time.monotonic(), 0.0))
+                attached.detach(max(deadline - AGENT_TIMEOUT_S - time.monotonic(), 0.0))
             if self._own:
                 active.monitor = active.marks = None
                 atexit.unregister(self.stop)
@@ -145,7 +150,7 @@ class Monitor:
             self._agent.wake()
             self._await_state(min(deadline, time.monotonic() + 1.0))
             if self._relay is not None:
-                self._relay.close(max(deadline - time.monotonic(), 0.1))
+                self._relay.close(max(deadline - time.monotonic(), 0.0))
         except Exception as exc:
             warn_once("stop", f"memtrack could not stop in order ({type(exc).__name__}: {exc}).")
         self._agent.close()
@@ -217,11 +222,15 @@ class Monitor:
             return figures_of(reader, start_ns, end_ns)
 
     def _end(self, feed: Feed, timeout_s: float) -> bool:
-        if feed.done.is_set() or self._relay is None or (self._own and active.monitor is not self):
+        if feed.done.is_set() or self._relay is None or self._foreign():
             return True
         if feed.end_ns is None:
             return self._relay.end(feed, time.monotonic_ns(), self._request_cut(), timeout_s)
         return self._relay.wait(feed, timeout_s)
+
+    def _foreign(self) -> bool:
+        """Whether this is a forked child: the monitor is the parent's, and its locks may be held for ever."""
+        return self._own and active.monitor is not self
 
     def _request_cut(self) -> int:
         cut = self._marks.request_cut()

@@ -153,9 +153,14 @@ def _error(code: str) -> type[DeliveryError]:
 
 def _reason(exc: BaseException) -> str:
     """The innermost cause. It says what happened in a few words, and names no URL, which might hold a password."""
-    while (inner := exc.__cause__ or exc.__context__) is not None:
+    while (inner := exc.__cause__ or exc.__context__ or _last_argument(exc)) is not None:
         exc = inner
     return (exc.strerror if isinstance(exc, OSError) else None) or _first_line(exc) or type(exc).__name__
+
+
+def _last_argument(exc: BaseException) -> BaseException | None:
+    """What urllib3 puts there instead of a cause."""
+    return exc.args[-1] if exc.args and isinstance(exc.args[-1], BaseException) else None
 
 
 def _first_line(text: object) -> str:

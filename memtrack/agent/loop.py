@@ -62,6 +62,7 @@ class Agent:
         self._limit_near = False
         self._late_max_ms = 0.0
         self._writer.event("start", now_ns, text=f"agent {os.getpid()} watches {self._pid}")
+        self._writer.publish(self._head)
 
     def run(self) -> None:
         """Sample until the end, then finish the recording."""
@@ -143,6 +144,7 @@ class Agent:
         head.agent_cpu_ns = process_time_ns()
         head.late_max_ms = self._late_max_ms
         head.ticks = self._sampler.ticks
+        head.dropped = self._dropped()
         self._watch_limit(latest, head)
         self._writer.publish(head)
 
@@ -163,12 +165,16 @@ class Agent:
         sampler = self._sampler
         late_ms, sampler.late_max_ms = sampler.late_max_ms, 0.0
         self._late_max_ms = max(self._late_max_ms, late_ms)
-        self._writer.dropped = sampler.dropped + self._marks.overrun + self._marks.control(layout.MARKS_REFUSED)
         return [
             (metrics.SELF_LATENESS, late_ms),
             (metrics.SELF_MERGED, float(self._writer.merged)),
-            (metrics.SELF_DROPPED, float(self._writer.dropped)),
+            (metrics.SELF_DROPPED, float(self._dropped())),
         ]
+
+    def _dropped(self) -> int:
+        """Everything that found no room: marks, phases, metrics."""
+        marks = self._marks.overrun + self._marks.control(layout.MARKS_REFUSED)
+        return marks + self._sampler.dropped + self._writer.dropped
 
     # -- the life of the training process ---------------------------------------------------------------------------
 

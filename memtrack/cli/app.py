@@ -18,7 +18,7 @@ from memtrack.errors import MemtrackError
 
 
 class Verbs(TyperGroup):
-    """Errors that memtrack raises on purpose are one line on stderr and status 2; others are bugs and show a traceback."""
+    """Errors that memtrack raises on purpose are one line on stderr and status 2; others are bugs: a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         try:

@@ -10,12 +10,13 @@ import os
 import shutil
 import signal
 import sys
+import time
 from typing import TYPE_CHECKING, NoReturn
 
 from memtrack import config
 from memtrack.cli import waiter
 from memtrack.cli.console import fail
-from memtrack.errors import MemtrackError, MonitorError
+from memtrack.errors import MonitorError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from memtrack.config import Settings
 
 NOT_EXECUTABLE, NOT_FOUND = 126, 127
+LOADING_TIMEOUT_S = 0.1
 
 # Python ignores these from its start on, and an ignored signal stays ignored across exec.
 _IGNORED_BY_PYTHON = [getattr(signal, name) for name in ("SIGPIPE", "SIGXFSZ") if hasattr(signal, name)]
@@ -76,12 +78,32 @@ def launch(command: Sequence[str], settings: Settings, environment: Mapping[str,
     except OSError as exc:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return _cannot_run(command[0], exc)
+    _await_program(pid)
     try:
         recording = Monitor(settings, pid=pid).path
-    except MemtrackError as exc:
+    except Exception as exc:  # whatever it is: the command runs by now, and somebody has to wait for it
         fail(f"the command runs, but is not monitored: {exc}", 0)
         recording = ""
-    _step_aside(pid, recording, quiet)
+    return _step_aside(pid, recording, quiet)
+
+
+def _await_program(pid: int) -> None:
+    """Wait, for a moment at the most, until the process has its command line, which tells what it is.
+
+    ``posix_spawn`` returns when the kernel has taken the old program away, and is still loading the new one.
+    """
+    deadline = time.monotonic() + LOADING_TIMEOUT_S
+    try:
+        while time.monotonic() < deadline:
+            with open(f"/proc/{pid}/cmdline", "rb") as file:
+                if file.read(1):
+                    return
+            with open(f"/proc/{pid}/stat", "rb") as file:
+                if file.read().rpartition(b") ")[2].startswith(b"Z"):
+                    return  # it has ended already
+            time.sleep(0.0005)
+    except OSError:
+        pass
 
 
 def _step_aside(pid: int, recording: str, quiet: bool) -> NoReturn:

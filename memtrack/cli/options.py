@@ -13,22 +13,24 @@ if TYPE_CHECKING:
 
 Interval = Annotated[
     str | None,
-    typer.Option(metavar="TIME", help="Length of a window, one point of a chart: 1, 500ms. [default: 1 s]"),
+    typer.Option(metavar="TIME", help="Length of a window, one point of a chart: 1, 500ms. Default 1 s."),
 ]
 Tick = Annotated[
     str | None,
-    typer.Option(metavar="TIME", help="Time between two samples while memory moves. [default: 100ms]"),
+    typer.Option(metavar="TIME", help="Time between two samples while memory moves. Default 100ms."),
 ]
 RecordingSize = Annotated[
-    str | None, typer.Option(metavar="SIZE", help="Size of the recording, which never grows. [default: 4MiB]")
+    str | None, typer.Option(metavar="SIZE", help="Size of the recording, which never grows. Default 4MiB.")
 ]
 CpuBudget = Annotated[
     float | None,
-    typer.Option(metavar="PERCENT", help="Share of one core that the agent may take. [default: 0.2]"),
+    typer.Option(metavar="PERCENT", help="Share of one core that the agent may take. Default 0.2."),
 ]
 Directory = Annotated[
     str | None,
-    typer.Option("--directory", "-d", metavar="FOLDER", help="The recordings. [default: .memtrack, or MEMTRACK_DIR]"),
+    typer.Option(
+        "--directory", "-d", metavar="FOLDER", help="Folder of recordings. Default .memtrack, or MEMTRACK_DIR."
+    ),
 ]
 
 

@@ -10,7 +10,7 @@ from memtrack.cli.options import CpuBudget, Directory, Interval, RecordingSize, 
 
 
 def run(
-    command: Annotated[list[str], typer.Argument(metavar="-- CMD...", show_default=False, help="What to run.")],
+    command: Annotated[list[str], typer.Argument(metavar="CMD", show_default=False, help="What to run.")],
     interval: Interval = None,
     tick: Tick = None,
     recording_size: RecordingSize = None,
@@ -18,9 +18,10 @@ def run(
     cpu_budget: CpuBudget = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print no summary.")] = False,
 ) -> None:
-    """Run a command, any command, and monitor it. The exit status is the command's.
+    """Run a command, any command, and monitor it: memtrack run -- python train.py
 
-    Signals are passed on. At the end the summary goes to stderr; the recording stays, see `memtrack report`.
+    Signals are passed on, the exit status is that of the command. At the end the summary goes to stderr; the recording
+    stays, see `memtrack report`.
     """
     from memtrack.cli import launcher
 

@@ -4,10 +4,9 @@ Runs under ``-I -S`` and imports no more than it must until the command has ende
 for (``sigwaitinfo``), which leaves no gap and tells who sent them.
 """
 
+import _signal  # the module signal would load enum, half a MiB
 import os
 import sys
-
-import _signal  # the module signal would load enum, half a MiB
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -108,7 +107,9 @@ def _last_words(recording: str, kernel_mib: float) -> str:
         return f"memtrack: {reason}; its largest process had {largest}, by the kernel's count\n"
     lines = [str(summary)]
     if known and kernel_mib > 1.01 * peak_mib + 1.0:
-        lines.append(f"  kernel    counted {size(kernel_mib)} resident for the largest single process, children included")
+        lines.append(
+            f"  kernel    counted {size(kernel_mib)} resident for the largest single process, children included"
+        )
     shown = os.path.relpath(recording)
     lines.append(f"  recording {recording if shown.startswith('..') else shown}")
     return "\n".join(lines) + "\n"

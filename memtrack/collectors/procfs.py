@@ -64,7 +64,7 @@ def start_ticks(pid: int, proc: str = "/proc") -> int:
 
 
 def program_name(pid: int, proc: str = "/proc") -> str:
-    """What process ``pid`` runs, without its arguments, which may hold secrets: ``train.py``, ``torchrun``, ``python -c``.
+    """What process ``pid`` runs, without the arguments, which may hold secrets: ``train.py``, ``sh``, ``python -c``.
 
     Of an interpreter it is the script or module. At most 100 characters, all printable; "" if there is no such process.
     """

@@ -29,7 +29,7 @@ class Member:
         self.statm = HeldFile(f"{proc}/{pid}/statm", 256)
         self.children: list[HeldFile] = []
         """The list of children of each thread: the kernel keeps one a thread that forked."""
-        self.tasks = 0
+        self.tasks: list[str] = []
         self.rss_mib = 0.0
         self.pss_mib = -1.0
 
@@ -43,15 +43,15 @@ class Member:
         return self.rss_mib > 0.0
 
     def relist_tasks(self, proc: str) -> None:
-        """Open the children list of each thread anew, if the number of threads has changed."""
+        """Open the children list of each thread anew, if other threads are there than before."""
         folder = f"{proc}/{self.pid}/task"
         try:
             tasks = os.listdir(folder)
         except OSError:
             return
-        if len(tasks) == self.tasks:
+        if tasks == self.tasks:
             return
-        self.tasks = len(tasks)
+        self.tasks = tasks
         self.close_children()
         for task in tasks[:256]:
             file = open_held(f"{folder}/{task}/children")

@@ -139,7 +139,10 @@ def unpack_header(page: bytes, path: str) -> dict[str, str]:
     text = page[_HEADER.size : _HEADER.size + length]
     if len(text) != length or crc32(text) != crc:
         raise RecordingFormatError(f"{path}: the header is damaged (checksum)")
-    return dict(line.split("=", 1) for line in text.decode().splitlines())
+    try:
+        return dict(line.split("=", 1) for line in text.decode().splitlines())
+    except ValueError:
+        raise RecordingFormatError(f"{path}: the header is damaged (it is not a list of key=value)") from None
 
 
 # -- names ----------------------------------------------------------------------------------------------------------
@@ -240,8 +243,11 @@ _ROW = struct.Struct("<IHHQQqqqq")
 _CELL = struct.Struct("<ddddfIqqiHBB")
 
 
-def pack_row(row: Row, ids: dict[str, int]) -> bytes:
-    """One page or less: the row's line, then a line a cell. Cells whose metric has no id are left out."""
+def pack_row(row: Row, ids: dict[str, int], turn: int = 0) -> bytes:
+    """One page or less: the row's line, then a line a cell. Cells whose metric has no id are left out.
+
+    ``turn`` counts how often a row that has two pages was written, modulo 2**16.
+    """
     cells = [
         _CELL.pack(
             cell.min, cell.max, cell.mean, cell.last, cell.seconds, cell.count, cell.max_ns, cell.step, cell.epoch,
@@ -251,19 +257,39 @@ def pack_row(row: Row, ids: dict[str, int]) -> bytes:
         if metric in ids
     ]  # fmt: skip
     del cells[MAX_CELLS:]
-    body = _ROW.pack(0, len(cells), 0, row.first, row.last, row.start_ns, row.end_ns, row.end_wall_ns, row.step)
+    times = row.start_ns, row.end_ns, row.end_wall_ns
+    body = _ROW.pack(0, len(cells), turn & 0xFFFF, row.first, row.last, *times, row.step)
     body = body.ljust(LINE, b"\0") + b"".join(cells)
     return crc32(body[4:]).to_bytes(4, "little") + body[4:]
 
 
-def unpack_row(page: bytes, metrics: list[str]) -> Row | None:
-    """The row of a page; None if the page is empty, torn or damaged."""
+def row_span(page: bytes) -> tuple[int, int] | None:
+    """The numbers of the first and last window of a page; None if the page is empty, torn or damaged."""
     if len(page) < LINE:
         return None
-    crc, count, _, first, last, start_ns, end_ns, wall_ns, step = _ROW.unpack_from(page)
+    crc, count, _, first, last, *_ = _ROW.unpack_from(page)
     end = LINE * (1 + count)
     if crc == 0 or end > len(page) or crc32(page[4:end]) != crc:
         return None
+    return first, last
+
+
+def row_turn(page: bytes) -> int:
+    """The ``turn`` of a page that ``row_span`` finds whole."""
+    return int.from_bytes(page[6:8], "little")
+
+
+def row_cells(page: bytes) -> int:
+    """How many cells such a page holds, those of unknown metrics too."""
+    return int.from_bytes(page[4:6], "little")
+
+
+def unpack_row(page: bytes, metrics: list[str]) -> Row | None:
+    """The row of a page; None if the page is empty, torn or damaged."""
+    if row_span(page) is None:
+        return None
+    _, count, _, first, last, start_ns, end_ns, wall_ns, step = _ROW.unpack_from(page)
+    end = LINE * (1 + count)
     row = Row(first, start_ns)
     row.last, row.end_ns, row.end_wall_ns, row.step = last, end_ns, wall_ns, step
     for fields in _CELL.iter_unpack(page[LINE:end]):

@@ -17,17 +17,14 @@ if TYPE_CHECKING:
 _pack_now = NOW_BODY.pack
 _pack_mark = MARK_BODY.pack
 _pack_gauge = GAUGE_BODY.pack
-_COUNT = layout.MARK_COUNT
 
+# looking these up as attributes of a module takes as long as the rest of a mark
+_BEGIN, _END = layout.PHASE_BEGIN, layout.PHASE_END
+_COUNT, _LINE, _MARKS = layout.MARK_COUNT, layout.LINE, layout.MARKS
+_MARK_SIZE = MARK_BODY.size + MARK_PATH.size
+_NOW = [(at // 8, slice(at + 8, at + 8 + NOW_BODY.size)) for at in (layout.NOW, layout.NOW + layout.LINE)]
+"""Index of the sequence word, and place of the body, of the two slots."""
 
-def _lines(start: int, count: int, size: int) -> list[tuple[int, slice]]:
-    """Word index of the sequence word, and place of the body, of consecutive lines."""
-    return [((at := start + i * layout.LINE) // 8, slice(at + 8, at + 8 + size)) for i in range(count)]
-
-
-# where the slots lie, worked out once instead of at each mark
-_NOW = _lines(layout.NOW, 2, NOW_BODY.size)
-_MARKS = _lines(layout.MARKS, layout.MARK_COUNT, MARK_BODY.size + MARK_PATH.size)
 _CUT_WORD = layout.CONTROL // 8 + layout.CUT
 _STOP_WORD = layout.CONTROL // 8 + layout.STOP
 _WRITTEN_WORD = layout.CONTROL // 8 + layout.MARKS_WRITTEN
@@ -39,10 +36,11 @@ WAKE_NS = 20_000_000
 class Phase:
     """A phase as a place in the tree of phases: the same name inside another phase is another place."""
 
-    __slots__ = ("children", "depth", "id", "packed", "parent", "path")
+    __slots__ = ("children", "depth", "id", "name", "packed", "parent", "path")
 
-    def __init__(self, number: int, path: str, parent: Phase | None) -> None:
+    def __init__(self, number: int, name: str, path: str, parent: Phase | None) -> None:
         self.id = number
+        self.name = name
         self.path = path
         self.parent = parent
         self.depth: int = 0 if parent is None else parent.depth + 1
@@ -75,7 +73,8 @@ class MarkWriter:
         self._step = -1
         self._epoch = -1
         self._marks = 0
-        self._root = self._phase = Phase(0, "", None)
+        self._root = self._phase = Phase(0, "", "", None)
+        self._open: list[Phase] = []  # what ``begin`` gave and ``end`` has not got back, in the order of entering
         self._names: dict[str, int] = {"": 0}
         self._gauges: dict[str, int] = {}
         self._gauge_turn = 0
@@ -86,20 +85,26 @@ class MarkWriter:
     def step(self, step: int) -> None:
         """The training has reached this step."""
         with self._lock:
+            # packed first: it may raise, and a signal handler that marks too may run in a call, but not between stores
+            body = _pack_now(step, self._epoch)
             self._step = step
             self._turn = turn = self._turn + 1
             words = self._words
             word, at = _NOW[turn & 1]
             words[word] = 0
-            self._bytes[at] = _pack_now(step, self._epoch)
+            self._bytes[at] = body
             words[word] = turn
 
     def epoch(self, epoch: int) -> None:
         """The training has reached this epoch."""
         with self._lock:
-            self._epoch = epoch
-            self._mark(layout.EPOCH, 0, 0.0)
-        self.step(self._step)
+            before, self._epoch = self._epoch, epoch
+            try:
+                self._mark(layout.EPOCH, 0, 0.0)
+            except BaseException:
+                self._epoch = before
+                raise
+            self.step(self._step)
 
     def begin(self, name: str) -> Phase | None:
         """Enter a phase inside those that are open. Returns what ``end`` wants; None if there is no room for it."""
@@ -107,17 +112,26 @@ class MarkWriter:
             phase = self._phase.children.get(name) or self._new_phase(self._phase, name)
             if phase is not None:
                 self._phase = phase
-                self._wake_after(self._mark(layout.PHASE_BEGIN, phase.id, 0.0))
+                self._open.append(phase)
+                now_ns = self._mark(_BEGIN, phase.id, 0.0)
+                if now_ns - self._woke_ns > WAKE_NS:
+                    self._wake(now_ns)
             return phase
 
     def end(self, phase: Phase) -> None:
-        """Leave a phase. When threads leave theirs in another order than they entered, the others stay open."""
+        """Leave a phase. When threads leave theirs in another order than they entered, the others stay open.
+
+        One that is not open, or is another writer's, is ignored.
+        """
         with self._lock:
-            if self._phase is phase and phase.parent is not None:
+            if self._phase is phase and phase.parent is not None and self._open[-1] is phase:
+                self._open.pop()
                 self._phase = phase.parent
-            else:
-                self._phase = self._without(self._phase, phase)
-            self._wake_after(self._mark(layout.PHASE_END, phase.id, 0.0))
+            elif not self._close(phase):
+                return
+            now_ns = self._mark(_END, phase.id, 0.0)
+            if now_ns - self._woke_ns > WAKE_NS:
+                self._wake(now_ns)
 
     def mark(self, name: str, value: float = 0.0) -> None:
         """Something worth a note has happened."""
@@ -126,6 +140,7 @@ class MarkWriter:
 
     def gauge(self, name: str, value: float) -> None:
         """Set a gauge, which the agent samples from then on."""
+        value = float(value)  # raises before anything has changed
         with self._lock:
             at = self._gauges.get(name)
             if at is None:
@@ -160,21 +175,21 @@ class MarkWriter:
 
     def _mark(self, kind: int, name: int, value: float) -> int:
         """Returns the time that the mark carries."""
+        phase = self._phase
+        now_ns = monotonic_ns()
+        body = _pack_mark(kind, phase.depth, name, self._epoch, self._step, now_ns, value) + phase.packed
         self._marks = number = self._marks + 1
         words = self._words
-        word, at = _MARKS[number % _COUNT]
-        phase = self._phase
-        words[word] = 0
-        self._bytes[at] = (
-            _pack_mark(kind, phase.depth, name, self._epoch, self._step, now_ns := monotonic_ns(), value) + phase.packed
-        )
-        words[word] = number
+        at = _MARKS + number % _COUNT * _LINE
+        words[at // 8] = 0
+        self._bytes[at + 8 : at + 8 + _MARK_SIZE] = body
+        words[at // 8] = number
         words[_WRITTEN_WORD] = number
         return now_ns
 
-    def _wake_after(self, now_ns: int) -> None:
-        if now_ns - self._woke_ns > WAKE_NS and self.wake is not None:
-            self._woke_ns = now_ns
+    def _wake(self, now_ns: int) -> None:
+        self._woke_ns = now_ns
+        if self.wake is not None:
             self.wake()
 
     def _name(self, name: str) -> int:
@@ -184,9 +199,10 @@ class MarkWriter:
             if len(self._names) > layout.NAME_COUNT:
                 self._words[_REFUSED_WORD] += 1
                 return 0
+            line = layout.pack_name(name)
             number = self._names[name] = len(self._names)
             at = layout.NAMES + (number - 1) * layout.LINE
-            self._bytes[at : at + layout.LINE] = layout.pack_name(name)
+            self._bytes[at : at + layout.LINE] = line
         return number
 
     def _new_phase(self, parent: Phase, name: str) -> Phase | None:
@@ -195,15 +211,19 @@ class MarkWriter:
         if number == 0:
             self._words[_REFUSED_WORD] += 1
             return None
-        phase = parent.children[name] = Phase(number, path, parent)
+        phase = parent.children[name] = Phase(number, name, path, parent)
         return phase
 
-    def _without(self, current: Phase, phase: Phase) -> Phase:
-        """The place that is left when ``phase`` goes from the path of ``current``, which it may not be on."""
-        if current is phase or current.parent is None:
-            return current.parent or current
-        rest = self._without(current.parent, phase)
-        if rest is current.parent:
-            return current
-        name = current.path[len(current.parent.path) + 1 :] if current.parent.path else current.path
-        return rest.children.get(name) or self._new_phase(rest, name) or rest
+    def _close(self, phase: Phase) -> bool:
+        """Take ``phase`` out of the open ones and find the place that the others make. Whether it was open."""
+        at = len(self._open) - 1
+        while at >= 0 and self._open[at] is not phase:
+            at -= 1
+        if at < 0:
+            return False
+        del self._open[at]
+        place = self._root
+        for other in self._open:
+            place = place.children.get(other.name) or self._new_phase(place, other.name) or place
+        self._phase = place
+        return True

@@ -68,11 +68,12 @@ class MarkReader:
         line = layout.GAUGES // 8
         for _ in range(layout.GAUGE_COUNT):
             turn = self._words[line]
-            if turn == 0:
-                return
             at = line * 8 + 8
-            value, _, name = layout.GAUGE_BODY.unpack(bytes(self._bytes[at : at + layout.GAUGE_BODY.size]))
-            if self._words[line] == turn:
+            value, set_ns, name = layout.GAUGE_BODY.unpack(bytes(self._bytes[at : at + layout.GAUGE_BODY.size]))
+            if set_ns == 0:
+                return
+            # 0: it is being set, or was when the process was killed
+            if turn != 0 and self._words[line] == turn:
                 yield self.name(name), value
             line += layout.LINE // 8
 

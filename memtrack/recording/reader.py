@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+AHEAD = 16
+"""Windows that are held in memory while the history is read: so many may be written meanwhile."""
+
+
 class RecordingReader:
     """The parts of a recording, read with ``pread`` so that no more memory is held than what was asked for.
 
@@ -31,11 +35,13 @@ class RecordingReader:
         try:
             size = os.fstat(self._fd).st_size
             self.fields = layout.unpack_header(os.pread(self._fd, layout.PAGE, 0), path)
-            if size < layout.MIN_SIZE or size != int(self.fields.get("size", size)):
+            if size < layout.MIN_SIZE or self.fields.get("size", str(size)) != str(size):
                 raise RecordingFormatError(f"{path}: {size} bytes, its header says {self.fields.get('size')}")
-        except BaseException:
+        except OSError as exc:
             os.close(self._fd)
-            raise
+            if isinstance(exc, RecordingError):
+                raise
+            raise RecordingError(f"cannot read the recording {path}: {exc.strerror}") from exc
         self.layout = Layout(size)
         self._metrics: list[str] = []
 
@@ -104,44 +110,70 @@ class RecordingReader:
 
     def window(self, number: int) -> Row | None:
         """Window ``number`` if it is still among the newest, at full resolution."""
-        page = self._read(self.layout.ring_offset(number), layout.PAGE)
-        row = layout.unpack_row(page, self._metrics or self.metrics())
-        if row is not None and row.first == number:
-            return row
-        return None
+        row = self._row(self.layout.ring_offset(number))
+        return row if row is not None and row.first == number else None
 
     def windows(self, since: int = 0) -> Iterator[Row]:
         """All windows from number ``since`` on, oldest first: merged history, then the newest at full resolution.
 
-        A merged row that ends at or after ``since`` is included whole. One row is in memory at a time.
+        A merged row that ends at or after ``since`` is included whole. A few rows are in memory at a time. The
+        recording may be written meanwhile: windows that move on are followed to where they went. None is left out;
+        should one that was given already be merged with one that was not yet, the merged row is given.
         """
         self.metrics()
-        done = since - 1
-        for _, offset in self._history_index(since):
-            row = layout.unpack_row(self._read(offset, layout.PAGE), self._metrics)
-            if row is not None and row.last > done:
+        done, missing, moved = since - 1, -1, False
+        while True:
+            newest = self._newest_number()
+            # who follows the recording finds all that is new in the ring, and need not look through the history
+            first = max(done + 1, newest - self.layout.ring + 1, 0)
+            index, ahead = [], {}
+            if moved or done < newest - self.layout.ring:
+                # read now what will move into the history while that is read
+                ahead = {number: self.window(number) for number in range(first, min(first + AHEAD, newest + 1))}
+                index = self._history_index(done + 1)
+            moved = False
+            for span, offset in index:
+                row = self._row(offset)
+                moved = row is None or (row.first, row.last) != span
+                if row is None or moved:
+                    break
                 yield row
                 done = row.last
-        newest = self._newest_number()
-        for number in range(max(done + 1, newest - self.layout.ring + 1, 0), newest + 1):
-            row = self.window(number)
-            if row is not None:
-                yield row
+            if moved:
+                continue
+            for number in range(max(done + 1, first), newest + 1):
+                row = ahead.pop(number, None) or self.window(number)
+                if row is not None:
+                    yield row
+                    done = number
+                elif number != missing and number <= self._newest_number() - self.layout.ring + 1:
+                    missing, moved = number, True
+                    break
+            if not moved:
+                return
 
-    def _history_index(self, since: int) -> list[tuple[int, int]]:
-        """(first window, offset) of the pages of history that count: of pages that overlap, the one that holds more."""
+    def _row(self, offset: int) -> Row | None:
+        page = self._read(offset, layout.PAGE)
+        row = layout.unpack_row(page, self._metrics or self.metrics())
+        if row is not None and len(row.cells) < layout.row_cells(page):
+            # metrics that came after the names were read
+            row = layout.unpack_row(page, self.metrics())
+        return row
+
+    def _history_index(self, since: int) -> list[tuple[tuple[int, int], int]]:
+        """First and last window, and offset, of the pages of history that count: of those that overlap, the fullest."""
         pages = []
         for index in range(self.layout.bins):
             offset = self.layout.bin_offset(index)
-            row = layout.unpack_row(self._read(offset, layout.PAGE), [])
-            if row is not None and row.last >= since:
-                pages.append((row.first, -row.last, offset))
+            span = layout.row_span(self._read(offset, layout.PAGE))
+            if span is not None and span[1] >= since:
+                pages.append((span[0], -span[1], offset))
         pages.sort()
-        kept: list[tuple[int, int]] = []
+        kept: list[tuple[tuple[int, int], int]] = []
         end = -1
         for first, last, offset in pages:
             if -last > end:
-                kept.append((first, offset))
+                kept.append(((first, -last), offset))
                 end = -last
         return kept
 
@@ -158,15 +190,14 @@ class RecordingReader:
         names = self.names()
         found: dict[str, Row] = {}
         for slot in range(layout.PHASE_COUNT):
-            rows = [
-                layout.unpack_row(self._read(Layout.phase_offset(slot, turn), layout.PAGE), self._metrics)
-                for turn in (0, 1)
-            ]
-            whole = [row for row in rows if row is not None]
-            if whole:
-                newest = max(whole, key=lambda row: row.end_ns)
-                if newest.first < len(names):
-                    found[names[newest.first]] = newest
+            pages = [self._read(Layout.phase_offset(slot, turn), layout.PAGE) for turn in (0, 1)]
+            even, odd = (layout.unpack_row(page, self._metrics) for page in pages)
+            newest = odd if even is None else even
+            if even is not None and odd is not None:
+                # written in turn, so that the later one is one ahead
+                newest = odd if (layout.row_turn(pages[1]) - layout.row_turn(pages[0])) & 0xFFFF == 1 else even
+            if newest is not None and newest.first < len(names):
+                found[names[newest.first]] = newest
         return found
 
     # -- cursors ----------------------------------------------------------------------------------------------------

@@ -81,11 +81,10 @@ class RecordingWriter:
         self._phase_turns = [0] * layout.PHASE_COUNT
 
     def publish(self, head: Head) -> None:
-        """Make ``head`` the newest."""
+        """Make ``head`` the newest, after filling in what the writer knows: windows and merging."""
         head.windows = self.windows
         head.bin_width = self.bin_width
         head.merged = self.merged
-        head.dropped = self.dropped
         self._turn += 1
         self._put(layout.HEAD + (self._turn & 1) * layout.HEAD_SLOT, self._turn, head.pack())
 
@@ -116,7 +115,8 @@ class RecordingWriter:
             return
         self._name_metrics(row)
         self._phase_turns[slot] += 1
-        os.pwrite(self._fd, pack_row(row, self.metric_ids), Layout.phase_offset(slot, self._phase_turns[slot]))
+        turn = self._phase_turns[slot]
+        os.pwrite(self._fd, pack_row(row, self.metric_ids, turn), Layout.phase_offset(slot, turn))
 
     def event(self, kind: str, time_ns: int, step: int = -1, value: float = 0.0, text: str = "") -> None:
         """Note that something happened. The newest 512 events are kept."""
@@ -152,6 +152,8 @@ class RecordingWriter:
             self._rewrite_bin(growing)
         else:
             if growing is not None:
+                if self._narrow == len(self._bins):
+                    self._narrow += 1  # no doubling is under way: this bin is as wide as it should be
                 self._bins.append((growing.first, self._bin_page))
             self._bin = row
             self._bin_page = self._take_page()
@@ -161,7 +163,8 @@ class RecordingWriter:
     def _take_page(self) -> int:
         if not self._free:
             self._widen_some(len(self._bins))
-        return self._free.pop()
+        # the page that was freed first: who is reading the history finds what it listed for as long as can be
+        return self._free.pop(0)
 
     def _write_bin(self, page: int, row: Row) -> None:
         os.pwrite(self._fd, pack_row(row, self.metric_ids), self._layout.bin_offset(page))
@@ -199,7 +202,7 @@ class RecordingWriter:
         if left is None or right is None:
             return
         left.merge(right)
-        page = self._free.pop()
+        page = self._free.pop(0)
         self._write_bin(page, left)
         self._free += [left_page, right_page]
         self._bins[at : at + 2] = [(first, page)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 FASTEST_S = 0.02
-CALM_S = 0.25
+CALM_S = 0.2
 SPIKY_S = 0.04
 SPIKY_FOR_NS = 60 * 10**9
 MOVE_MIB = (4.0, 64.0)
@@ -14,7 +14,7 @@ class Cadence:
     """The interval to the next tick, from how fast memory moves and how much room is left.
 
     The aim is that memory moves by no more than a fiftieth of the headroom (but 4 to 64 MiB) between two ticks. While
-    it moves, the interval is at most ``base_s``; when it has not moved for some ticks it relaxes to 0.25 s. A process
+    it moves, the interval is at most ``base_s``; when it has not moved for some ticks it relaxes to 0.2 s. A process
     that has shown a spike, up and down again by more than 64 MiB within a second, is watched every 40 ms for a
     minute, because spikes come again and the next one may be no new high-water mark that the kernel would tell.
     """
@@ -70,7 +70,7 @@ class Budget:
 
     __slots__ = ("_balance_ns", "_cap_ns", "_cpu_ns", "_share", "_wall_ns", "exhausted")
 
-    def __init__(self, share: float, now_ns: int, cpu_ns: int, credit_s: float = 0.04) -> None:
+    def __init__(self, share: float, now_ns: int, cpu_ns: int, credit_s: float = 0.025) -> None:
         self._share = share
         self._wall_ns = now_ns
         self._cpu_ns = cpu_ns

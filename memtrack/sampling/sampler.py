@@ -129,8 +129,10 @@ class Sampler:
         self._tick_due_ns = now_ns
         self._window_due_ns = now_ns + self._interval_ns
         self._last_ns = now_ns
+        self._wall_ns = 0
         self._place = marks.place()
         self._phases: dict[int, PhaseRow] = {}
+        self._refused: set[int] = set()
         self._row = Row(0, now_ns)
         self._span: dict[str, Cell] = {}
         """The cells since the window began or the phases changed; merged into the window and the phases at its end."""
@@ -145,6 +147,7 @@ class Sampler:
     def tick(self, now_ns: int, wall_ns: int) -> None:
         """Take what is due."""
         self.ticks += 1
+        self._wall_ns = wall_ns
         late_ms = (now_ns - self.due_ns) / 1e6
         if late_ms > self.late_max_ms:
             self.late_max_ms = late_ms
@@ -165,20 +168,20 @@ class Sampler:
 
         Held values stand in for collectors that were not due in it.
         """
-        for source in self._slower:
-            if not source.ran:
-                self._hold(source)
-            source.ran = False
-        self._end_span(now_ns)
+        self._wall_ns = wall_ns
         row = self._row
-        if row.cells:
+        if self._span or row.cells:
+            for source in self._slower:
+                if not source.ran:
+                    self._hold(source)
+                source.ran = False
+            self._end_span(now_ns)
             row.end_ns = now_ns
             row.end_wall_ns = wall_ns
             row.step = self._marks.place().step
             for phase in (0, *self._place.phases):
                 known = self._phases.get(phase)
                 if known is not None and known.worth_storing(now_ns):
-                    known.row.end_wall_ns = wall_ns
                     self._on_phase(known.row)
             self._on_window(row)
             self._row = Row(row.last + 1, now_ns)
@@ -188,14 +191,19 @@ class Sampler:
             self._window_due_ns += (missed + 1) * self._interval_ns
 
     def cut_on_request(self, now_ns: int, wall_ns: int) -> None:
-        """Finish the current window with a last sample, and count windows from now on."""
+        """Finish the current window with a last sample, store every phase, and count windows from now on."""
         self.tick(now_ns, wall_ns)
         self.cut(now_ns, wall_ns)
+        for phase in self._phases.values():
+            self._on_phase(phase.row)
         self._window_due_ns = now_ns + self._interval_ns
         self._plan(now_ns)
 
     def finish(self, now_ns: int, wall_ns: int) -> None:
         """Finish the last window as it stands, and store every phase."""
+        self._wall_ns = wall_ns
+        if self._marks.written() != self._marks_seen:
+            self._pass_marks(now_ns)
         self.cut(now_ns, wall_ns)
         for phase in self._phases.values():
             self._on_phase(phase.row)
@@ -227,7 +235,7 @@ class Sampler:
                 source.high_water[metric] = value
                 if before is not None and value > before + HIGH_WATER_TOLERANCE_MIB:
                     self._raise(metric, value, now_ns, places)
-        except (OSError, ValueError):
+        except Exception:  # the others go on, whatever is wrong with this one
             source.errors += 1
             source.last = ()
         source.ran = True
@@ -271,8 +279,8 @@ class Sampler:
 
         Each set of phases comes once, the one that lasted longest first.
         """
-        marks = self._marks.drain()
         self._marks_seen = self._marks.written()
+        marks = self._marks.drain()
         if self._on_marks is not None:
             self._on_marks(marks)
         place = self._marks.place()
@@ -295,7 +303,7 @@ class Sampler:
         """Merge the cells since the last change of phases into the window and into the rows of the open phases."""
         span = Row(self._row.first, self._row.start_ns)
         span.cells = self._span
-        span.end_ns = now_ns
+        span.end_ns, span.end_wall_ns = now_ns, self._wall_ns
         for row in self._open(self._place, now_ns):
             phase = row.first
             row.merge(span)
@@ -313,10 +321,12 @@ class Sampler:
             known = self._phases.get(phase)
             if known is None:
                 if len(self._phases) > self._phase_limit:
-                    self.dropped += 1
+                    if phase not in self._refused:
+                        self._refused.add(phase)
+                        self.dropped += 1
                     continue
                 known = self._phases[phase] = PhaseRow(phase, self._last_ns)
-            known.row.end_ns = now_ns
+            known.row.end_ns, known.row.end_wall_ns = now_ns, self._wall_ns
             rows.append(known.row)
         return rows
 
@@ -341,5 +351,6 @@ class Sampler:
             if headroom_pct is not None and limit_mib is not None:
                 headroom_mib = limit_mib * headroom_pct / 100.0
             interval_s = self._cadence.next_interval_s(now_ns, latest.get(metrics.RSS, 0.0), headroom_mib)
-        self._tick_due_ns = max(self._tick_due_ns + int(interval_s * 1e9), now_ns)
+        # a tick before its time (the window's end, a request) counts from now, or each would put off the next ones
+        self._tick_due_ns = max(min(self._tick_due_ns, now_ns) + int(interval_s * 1e9), now_ns)
         self.due_ns = min(self._tick_due_ns, self._window_due_ns)

@@ -73,6 +73,8 @@ class Cell:
         total = self.seconds + seconds
         if total > 0.0:
             self.mean += (value - self.mean) * (seconds / total)
+        else:
+            self.mean = value
         self.seconds = total
         self.last = value
         self.count += 1

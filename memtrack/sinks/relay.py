@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 BATCH_WINDOWS = 64
 BACKOFF_S = (1.0, 10.0)
-"""First and longest pause after a failure. The longest is that between two flushes by default, so that a tracker that is
+"""First and longest pause after a failure. The longest is the default time between two flushes: a tracker that is
 back has what is new within seconds, and one that is down is asked no more often than one that is up."""
 PATIENCE_S = 2.0
 """The most that the end of one feed is waited for, over all the calls that wait for it."""

@@ -6,7 +6,7 @@ It trains a small model with numpy on 300 MiB of data, logs its loss to MLflow o
 stages, each of which it reports on its standard output, one JSON object a line:
 
 ``train``    a fixed number of steps, each of which fills and frees 40 MiB
-``spikes``   the same, and at random moments, at least 2 s apart, some 300 MB are filled and freed after 50 ms. Each spike
+``spikes``   the same, and at random moments, at least 2 s apart, some 300 MB are filled and freed after 50 ms. Each
              is 2 MiB lower than the one before, so the kernel's high-water mark tells of the first one only
 ``gil``      one call of ``sorted`` that holds the interpreter lock for some 3 s
 ``measure``  nothing: whoever runs the loop looks at the process, and answers with a line on standard input
@@ -24,6 +24,7 @@ import sys
 import time
 from typing import Any
 
+OUT = sys.stdout
 ARMS = ("plain", "memtrack", "mlflow")
 MIB = 1 << 20
 DATA_MIB = 300
@@ -46,7 +47,7 @@ class Length:
 def say(event: str, **fields: object) -> None:
     """Tell whoever runs the loop, with the time by both clocks."""
     line = {"event": event, "wall_s": time.time(), "mono_ns": time.monotonic_ns(), **fields}
-    print(json.dumps(line), flush=True)
+    print(json.dumps(line), file=OUT, flush=True)
 
 
 def resident_mib() -> float:
@@ -102,7 +103,12 @@ def spikes(training: Training, np: Any, count: int) -> None:
         top_mib = resident_mib()
         del spike
         say(
-            "spike", begin_s=began_s, full_s=full_s, end_s=time.time(), base_mib=before_mib, height_mib=top_mib - before_mib
+            "spike",
+            begin_s=began_s,
+            full_s=full_s,
+            end_s=time.time(),
+            base_mib=before_mib,
+            height_mib=top_mib - before_mib,
         )
     # the window of the last one ends
     training.step_until(time.monotonic() + 2.0)
@@ -124,6 +130,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
     length = Length(arguments.quick)
+    sys.stdout = sys.stderr  # MLflow prints where the run can be seen
 
     import mlflow
     import numpy as np

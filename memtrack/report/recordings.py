@@ -1,0 +1,148 @@
+"""The recordings in a folder: which there are, how each of them stands, and which one is meant."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import TYPE_CHECKING, NamedTuple
+
+from memtrack.analysis.summary import summarise
+from memtrack.collectors.procfs import start_ticks
+from memtrack.errors import RecordingError
+from memtrack.monitor import boot_id
+from memtrack.recording import layout
+from memtrack.recording.reader import RecordingReader
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+SUFFIX = ".mtk"
+LOST = "lost its agent"
+FRESH_NS = 3_000_000_000
+
+
+class Listed(NamedTuple):
+    """One file of the folder. ``problem`` says why it cannot be read; then only path, name, start and size are known.
+
+    ``state`` is starting, running, stopped, ended (the process has), or "lost its agent": nobody writes it any more,
+    though nobody has closed it. Times are Unix seconds.
+    """
+
+    path: str
+    name: str
+    started_s: float
+    size_bytes: int
+    seconds: float = 0.0
+    state: str = ""
+    peak_rss_mib: float | None = None
+    program: str = ""
+    pid: int = 0
+    problem: str = ""
+
+
+def list_recordings(folder: str) -> list[Listed]:
+    """Every recording in ``folder``, newest first; damaged ones too. Empty if there is no such folder."""
+    try:
+        with os.scandir(folder) as entries:
+            paths = [entry.path for entry in entries if entry.name.endswith(SUFFIX)]
+    except OSError:
+        return []
+    return sorted((_look(path) for path in paths), key=lambda one: (one.started_s, one.name), reverse=True)
+
+
+def find(run: str | None, folder: str) -> str:
+    """Path of the recording that ``run`` means: a path, a name in ``folder``, or None for the newest there.
+
+    Raises RecordingError if there is none.
+    """
+    if run is not None:
+        for path in (run, os.path.join(folder, run), os.path.join(folder, run + SUFFIX)):
+            if os.path.isfile(path):
+                return path
+        raise RecordingError(f"there is no recording {run}, nor one of that name in {folder}. See: memtrack ls")
+    for listed in list_recordings(folder):
+        if not listed.problem:
+            return listed.path
+    raise RecordingError(f"there is no recording in {folder}. Make one with: memtrack run -- CMD")
+
+
+def find_live(pid: int, folders: Iterable[str]) -> str | None:
+    """Path of the recording that is being made of process ``pid`` right now, if there is one in these folders."""
+    for folder in folders:
+        for listed in list_recordings(folder):
+            if listed.pid == pid and listed.state == "running":
+                with RecordingReader(listed.path) as reader:
+                    if _process_is_there(reader.fields):
+                        return listed.path
+    return None
+
+
+def length_s(reader: RecordingReader) -> float:
+    """From the start of the recording to the last that is known of it, in seconds."""
+    end_ns = max(reader.head().mono_ns, reader.pulse().mono_ns)
+    return max((end_ns - int(reader.fields.get("mono_ns", "0"))) / 1e9, 0.0) if end_ns else 0.0
+
+
+def state_of(reader: RecordingReader) -> str:
+    """How the recording stands, in words: see :class:`Listed`."""
+    state = reader.head().state
+    if state == layout.STARTING:
+        age_s = time.time() - int(reader.fields.get("wall_ns", "0")) / 1e9
+        return layout.STATES[state] if age_s < FRESH_NS / 1e9 else LOST
+    if state == layout.RUNNING and not _agent_is_there(reader):
+        return LOST
+    return layout.STATES[state] if state < len(layout.STATES) else "unknown"
+
+
+def _look(path: str) -> Listed:
+    name = os.path.basename(path).removesuffix(SUFFIX)
+    started_s, size = 0.0, 0
+    try:
+        status = os.stat(path)
+        started_s, size = status.st_mtime, status.st_size
+        with RecordingReader(path) as reader:
+            fields = reader.fields
+            return Listed(
+                path,
+                name,
+                started_s=int(fields["wall_ns"]) / 1e9,
+                size_bytes=size,
+                seconds=length_s(reader),
+                state=state_of(reader),
+                peak_rss_mib=summarise(reader).figures.peak_rss_mib,
+                program=fields.get("program", ""),
+                pid=int(fields["pid"]),
+            )
+    except (OSError, KeyError, ValueError) as exc:
+        # RecordingError is an OSError; the others are a header that is whole and yet makes no sense
+        problem = str(exc).removeprefix(f"{path}: ") if isinstance(exc, OSError) else f"header without {exc}"
+        return Listed(path, name, started_s, size, problem=problem)
+
+
+def _agent_is_there(reader: RecordingReader) -> bool:
+    """Whether the agent still writes. Its pid may belong to another process by now, or to another pid namespace."""
+    agent_pid = reader.head().agent_pid
+    if sys.platform != "linux":
+        import psutil
+
+        return bool(psutil.pid_exists(agent_pid))
+    if reader.fields.get("boot_id") != boot_id():
+        return False
+    try:
+        with open(f"/proc/{agent_pid}/cmdline", "rb") as file:
+            if os.path.basename(reader.path).encode() in file.read():
+                return True
+    except OSError:
+        pass
+    if _process_is_there(reader.fields):
+        return False  # its process can be seen from here, so the agent would be seen too
+    age_ns: int = time.monotonic_ns() - reader.pulse().mono_ns
+    return age_ns < FRESH_NS
+
+
+def _process_is_there(fields: dict[str, str]) -> bool:
+    try:
+        return start_ticks(int(fields["pid"])) == int(fields["start_ticks"])
+    except (OSError, KeyError, ValueError):
+        return False

@@ -1,0 +1,73 @@
+"""Every test starts and ends without a monitor, and fails if memtrack had to warn and the test did not ask for it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+import pytest
+
+from memtrack import notices as memtrack_notices
+
+
+class _Collector(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+@pytest.fixture(autouse=True)
+def _memtrack(tmp_path, monkeypatch, request):
+    """Settings from outside do not reach the tests; recordings go to ``tmp_path``; what was started is stopped."""
+    for variable in list(os.environ):
+        if variable.startswith("MEMTRACK_") and not variable.startswith("MEMTRACK_TEST_"):
+            monkeypatch.delenv(variable)
+    monkeypatch.setenv("MEMTRACK_DIR", str(tmp_path))
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    memtrack_notices.forget()
+    collector = _Collector()
+    logger = logging.getLogger("memtrack")
+    logger.addHandler(collector)
+    yield collector.messages
+    _stop_everything()
+    logger.removeHandler(collector)
+    memtrack_notices.forget()
+    if collector.messages and "notices" not in request.fixturenames:
+        pytest.fail(f"memtrack warned: {collector.messages}")
+
+
+@pytest.fixture
+def notices(_memtrack):
+    """The warnings of memtrack so far. A test that asks for them may have some; any other test fails on the first."""
+    return _memtrack
+
+
+def _stop_everything() -> None:
+    autologging = sys.modules.get("memtrack.autologging")
+    if autologging is not None:
+        autologging._take_back()
+    monitor = sys.modules.get("memtrack.monitor")
+    if monitor is not None and monitor.active.monitor is not None:
+        monitor.active.monitor.stop()
+
+
+@pytest.fixture
+def make_recording(tmp_path):
+    """Makes empty recordings: ``make_recording(size)`` returns the path of a new one."""
+    from memtrack.recording import layout
+    from memtrack.recording.writer import create
+
+    made = 0
+
+    def make(size: int = layout.MIN_SIZE, **fields: str) -> str:
+        nonlocal made
+        path = str(tmp_path / f"test-{made}.mtk")
+        made += 1
+        create(path, size, {"size": str(size), **fields})
+        return path
+
+    return make
