@@ -178,8 +178,10 @@ def _text(value: object) -> str:
 def _nearest(name: str, known: Iterable[str]) -> str:
     from difflib import get_close_matches
 
-    close = get_close_matches(name, list(known), n=1)
-    return f"Did you mean {close[0]}?" if close else f"There are: {', '.join(sorted(known))}."
+    # what all variables have in common would make any two of them look alike
+    short = {other.removeprefix("MEMTRACK_"): other for other in known}
+    close = get_close_matches(name.removeprefix("MEMTRACK_"), short, n=1)
+    return f"Did you mean {short[close[0]]}?" if close else f"There are: {', '.join(sorted(known))}."
 
 
 def make_directory(settings: Settings) -> str:

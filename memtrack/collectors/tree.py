@@ -163,14 +163,13 @@ class TreeCollector(Collector):
     def _scan(self) -> None:
         """For kernels without CONFIG_PROC_CHILDREN: one pass over all processes for those whose parent is known."""
         parents: dict[int, int] = {}
-        for name in os.listdir(self._proc):
-            if name.isdigit():
-                try:
-                    with open(f"{self._proc}/{name}/stat", "rb") as file:
-                        text = file.read()
-                    parents[int(name)] = int(text[text.rindex(b")") + 2 :].split(None, 3)[1])
-                except (OSError, ValueError):
-                    continue
+        for pid in sorted(int(name) for name in os.listdir(self._proc) if name.isdigit()):
+            try:
+                with open(f"{self._proc}/{pid}/stat", "rb") as file:
+                    text = file.read()
+                parents[pid] = int(text[text.rindex(b")") + 2 :].split(None, 3)[1])
+            except (OSError, ValueError):
+                continue
         grown = True
         while grown:
             grown = False

@@ -265,14 +265,16 @@ class Sampler:
             if value > cell.max:
                 cell.raise_max(value, now_ns, self._marks.place(), EXACT)
             return
-        # The phases changed since the last look. The window's maximum is ascribed to where the training was longest;
-        # for each phase that was open in between the height is an upper bound, as nobody can tell in which it stood.
-        self._row.add(metric, cell.last, now_ns, places[0], 0.0)
-        self._row.raise_max(metric, value, now_ns, places[0], EXACT)
+        # The phases changed since the last look. The maximum of the window, and of phases that were open all the time,
+        # is ascribed to where the training was longest. For the others the height is an upper bound, as nobody can tell
+        # in which it stood; the one that is open now needs none if the sample has that height.
+        _raise_row(self._row, metric, cell.last, value, now_ns, places[0], EXACT)
         for place in places:
             for row in self._open(place, now_ns):
-                row.add(metric, cell.last, now_ns, place, 0.0)
-                row.raise_max(metric, value, now_ns, place, BOUND if row.first else EXACT)
+                if row.first == 0 or all(row.first in other.phases for other in places):
+                    _raise_row(row, metric, cell.last, value, now_ns, places[0], EXACT)
+                elif value > cell.max or row.first not in self._place.phases:
+                    _raise_row(row, metric, cell.last, value, now_ns, place, BOUND)
 
     def _pass_marks(self, now_ns: int) -> list[Place] | None:
         """Take in the marks since the last tick. Returns where the training has been, if its phases changed.
@@ -354,3 +356,12 @@ class Sampler:
         # a tick before its time (the window's end, a request) counts from now, or each would put off the next ones
         self._tick_due_ns = max(min(self._tick_due_ns, now_ns) + int(interval_s * 1e9), now_ns)
         self.due_ns = min(self._tick_due_ns, self._window_due_ns)
+
+
+def _raise_row(row: Row, metric: str, sampled: float, value: float, now_ns: int, place: Place, label: int) -> None:
+    """Raise a maximum, also where nothing was sampled yet."""
+    if metric not in row.cells:
+        row.cells[metric] = cell = Cell(sampled, now_ns, place)
+        cell.count = 0
+        cell.label = label
+    row.raise_max(metric, value, now_ns, place, label)

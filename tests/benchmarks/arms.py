@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import select
 import signal
@@ -67,6 +68,7 @@ class Store:
                     return
             except OSError:
                 if time.monotonic() > deadline or self._server.poll() is not None:
+                    self.close()
                     raise SystemExit((folder / "server.log").read_text()) from None
                 time.sleep(0.2)
 
@@ -86,7 +88,7 @@ class Store:
 
     def close(self) -> None:
         """Stop the server."""
-        if self._server is not None:
+        if self._server is not None and self._server.poll() is None:
             os.killpg(self._server.pid, signal.SIGTERM)
             try:
                 self._server.wait(10)
@@ -232,13 +234,22 @@ class Loop:
                 for earlier, later in pairwise(sorted(times))
                 if later > self._gil_began_s and earlier < self._gil_ended_s
             )
-            # MLflow's is the machine's memory, in units of 10**6 bytes, so what it was before is its own business
-            usual = statistics.median(value for _, value in found)
-            spikes = [{**spike, "base_mib": usual * 1e6 / MIB} for spike in self._spikes]
+            # MLflow's is the machine's memory, in units of 10**6 bytes; the points around tell what it was before
+            spikes = [{**spike, "base_mib": self._usual(spike, found) * 1e6 / MIB} for spike in self._spikes]
             seen = [self._seen(spike, found, 1e6 / MIB, window_s=0.3) for spike in spikes]
         self.figures["first_spike"] = 100.0 * seen[0]
         self.figures["spikes_pct"] = 100.0 * sum(seen) / len(seen)
         self.figures["spike_ms"] = 1000 * statistics.median(each["end_s"] - each["begin_s"] for each in self._spikes)
+
+    @staticmethod
+    def _usual(spike: dict[str, float], points: list[tuple[float, float]]) -> float:
+        """The median of the points within three seconds of a spike but not in it."""
+        near = [
+            value
+            for at, value in points
+            if spike["begin_s"] - 3.0 < at < spike["begin_s"] or spike["end_s"] + 0.3 < at < spike["end_s"] + 3.0
+        ]
+        return statistics.median(near) if near else math.inf
 
     @staticmethod
     def _seen(spike: dict[str, float], points: list[tuple[float, float]], unit_mib: float, window_s: float) -> bool:

@@ -158,7 +158,7 @@ def start() -> dict[str, float]:
 
 
 def host() -> None:
-    """A process that is watched: 300 MiB, at rest, training, or training in phases, as it is told. Ends when its standard input does."""
+    """A process that is watched: 300 MiB, at rest, training, or training in phases, as its standard input says."""
     import numpy as np
 
     import memtrack

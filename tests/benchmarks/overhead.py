@@ -27,7 +27,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 BY_PATH = [str(ROOT), str(ROOT / "integrations")]
-sys.path += BY_PATH  # at the end: what is installed comes first
+sys.path += BY_PATH  # at the end: PYTHONPATH, and what is installed, come first
 
 from memtrack.recording.reader import RecordingReader  # noqa: E402
 from tests.benchmarks.arms import Figures, Loop, Store  # noqa: E402

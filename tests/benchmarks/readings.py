@@ -60,7 +60,7 @@ def cpu_of_dead(pid: int) -> float:
 
 
 def written_bytes(pid: int) -> tuple[int, int]:
-    """What ``write`` was given (files, pipes, sockets), and what is to reach a disk (mapped files too)."""
+    """What ``write`` was given (not ``send``: sockets do not count), and what is to reach a disk, mapped files too."""
     lines = dict(line.split(": ") for line in _read(f"/proc/{pid}/io").splitlines())
     return int(lines.get("wchar", 0)), int(lines.get("write_bytes", 0))
 

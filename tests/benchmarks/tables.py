@@ -40,7 +40,7 @@ LOOP_LINES = (
     Line("start of the run with it, extra", "start_ms", "ms", 0, True),
     Line("agent start, CPU", "agent_start_cpu_ms", "ms", 0),
     Line("end of run and exit, extra", "stop_s", "s", 2, True, 2.0),
-    Line("written to files and sockets, extra", "written_mib", "MiB", 2, True),
+    Line("written to files, extra", "written_mib", "MiB", 2, True),
     Line("written to disk, extra", "disk_mib", "MiB", 2, True),
     Line("  the agent's, of it all", "agent_written_mib", "MiB", 2),
     Line("  the agent's, to disk", "agent_disk_mib", "MiB", 2),
@@ -63,7 +63,7 @@ MICRO_LINES = (
     Line("`with phase(...)`, nothing monitoring", "idle_phase_block_ns", "ns", 0),
     Line("import memtrack, time", "import_ms", "ms", 2),
     Line("import memtrack, USS beyond numpy", "import_uss_mib", "MiB", 2, False, 1.0),
-    Line("  and after the first step()", "first_use_uss_mib", "MiB", 2, False, 1.0),
+    Line("  and after the first step()", "first_use_uss_mib", "MiB", 2),
     Line("start(), the first, with imports", "start_first_ms", "ms", 1),
     Line("  until the agent samples", "start_ready_ms", "ms", 1),
     Line("start(), again", "start_again_ms", "ms", 1),
@@ -73,13 +73,13 @@ MICRO_LINES = (
     Line("  RSS", "calm_rss_mib", "MiB", 1, False, 10.0),
     Line("  PSS", "calm_pss_mib", "MiB", 1, False, 6.0),
     Line("  USS", "calm_uss_mib", "MiB", 1),
-    Line("agent beside one that enters a phase a step, CPU", "phases_cpu_pct", "% of a core", 3, False, 0.2),
-    Line("  samples", "phases_ticks_per_s", "1/s", 1),
     Line("agent beside a process that trains, CPU", "busy_cpu_pct", "% of a core", 3, False, 0.2),
     Line("  samples", "busy_ticks_per_s", "1/s", 1),
     Line("  RSS", "busy_rss_mib", "MiB", 1, False, 10.0),
     Line("  PSS", "busy_pss_mib", "MiB", 1, False, 6.0),
     Line("  USS", "busy_uss_mib", "MiB", 1),
+    Line("agent beside one that enters a phase a step, CPU", "phases_cpu_pct", "% of a core", 3, False, 0.2),
+    Line("  samples", "phases_ticks_per_s", "1/s", 1),
 )
 
 

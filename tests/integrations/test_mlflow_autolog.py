@@ -145,7 +145,7 @@ def test_no_window_is_in_two_runs_that_follow_each_other(gallery):
 
 
 def test_a_run_keeps_the_status_it_ended_with(gallery):
-    """FAILED after an exception, which passes through unchanged; or as ``set_terminated`` says, with no windows after."""
+    """FAILED after an exception, which passes unchanged; or as ``set_terminated`` says, with no windows since."""
     store, done = gallery
     status = {run.info.run_id: run.info.status for run in store.runs()}
     found = {name: status[done.result[name][0]] for name in ("parent", "child 0", "elsewhere", "failed", "killed")}

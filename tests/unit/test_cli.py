@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,7 +38,9 @@ def invoke(monkeypatch):
     """Run the command line in this process, on a wide terminal without colours."""
     monkeypatch.setenv("COLUMNS", "300")
     monkeypatch.setenv("NO_COLOR", "1")
-    return lambda *arguments: CliRunner().invoke(app, list(arguments))
+    # click before 8.2 mixes stdout and stderr unless told otherwise, and later ones cannot be told
+    separate: dict[str, Any] = {"mix_stderr": False} if "mix_stderr" in inspect.signature(CliRunner).parameters else {}
+    return lambda *arguments: CliRunner(**separate).invoke(app, list(arguments))
 
 
 @pytest.fixture
@@ -85,8 +89,6 @@ def test_every_verb_has_help(invoke, verb):
 
 def test_our_errors_are_one_line_and_status_2(invoke):
     """What memtrack raises on purpose is no traceback."""
-    done = invoke("ls", "--directory", "")
-    assert done.exit_code in (0, 2)
     done = invoke("run", "--interval", "soon", "--", "true")
     assert done.exit_code == 2
     assert done.stderr.startswith("memtrack: --interval='soon': give a duration")

@@ -8,7 +8,7 @@ from memtrack import metrics
 from memtrack.collectors.base import Collector
 from memtrack.recording import layout
 from memtrack.recording.layout import Mark
-from memtrack.sampling.cadence import Budget
+from memtrack.sampling.cadence import CALM_S, Budget
 from memtrack.sampling.sampler import COST_FACTOR, Sampler
 from memtrack.sampling.window import BOUND, EXACT, SAMPLED, Place
 from memtrack.testing import FakeClock
@@ -215,9 +215,9 @@ def test_window_holds_what_was_sampled(clock):
     bench.run(2.0)
     cell = bench.windows[1].cells[metrics.RSS]
     assert (cell.max, cell.last, cell.label) == (120.0, 120.0, SAMPLED)
-    assert cell.min == pytest.approx(111.0, abs=0.5)
-    assert cell.mean == pytest.approx(115.5, abs=0.6)
-    assert cell.count >= 9
+    assert 110.0 < cell.min <= 112.5
+    assert cell.mean == pytest.approx(115.0, abs=1.3)
+    assert cell.count >= 4
 
 
 def test_held_values(clock):
@@ -278,10 +278,10 @@ def test_finish_with_nothing_new(clock):
 
 
 def test_calm_process_is_left_alone(clock):
-    """Where nothing moves, four ticks a second are enough."""
+    """Where nothing moves, some ticks a second are enough."""
     bench = Bench(Curve(clock, lambda t: 100.0))
     bench.run(60.0)
-    assert 3.5 <= len(bench.ticks) / 60 <= 5.5
+    assert len(bench.ticks) / 60 == pytest.approx(1 / CALM_S, rel=0.2)
 
 
 def test_moving_process_is_watched(clock):
@@ -301,7 +301,7 @@ def test_ticks_out_of_turn_do_not_put_off_the_next(clock):
     for _ in range(100):
         clock.advance(0.01)
         bench.tick()
-    assert bench.sampler.due_ns - clock.now_ns <= 0.25 * SECOND_NS + 1
+    assert bench.sampler.due_ns - clock.now_ns <= CALM_S * SECOND_NS + 1
     before = clock.now_ns
     bench.run(clock.seconds + 2.0)
     assert len([at for at in bench.ticks if at > (before - clock.zero_ns) / 1e9]) >= 8
@@ -312,12 +312,13 @@ def test_interval_that_is_no_multiple_of_the_tick(clock):
     bench = Bench(Curve(clock, lambda t: 100.0 + t), interval_s=0.33)
     bench.run(33.0)
     gaps = [later - earlier for earlier, later in zip(bench.ticks, bench.ticks[1:], strict=False)]
-    assert max(gaps) <= 0.25 + 1e-6
+    assert max(gaps) <= CALM_S + 1e-6
     assert len(bench.windows) == 100
 
 
 def test_exhausted_budget_stretches(clock):
-    """When the agent has used more of the processor than it may, it looks four times a second, and asks less."""
+    """When the agent has used more of the processor than it may, it looks as in calm times, and asks less."""
+
     class Costly(Curve):
         def collect(self, now_ns):
             clock.spend_cpu(0.002)
@@ -465,13 +466,35 @@ def test_phase_too_short_to_be_sampled(clock):
     """A phase between two looks, in which the high-water mark rose, is known by the bound."""
     bench = Bench(Curve(clock, lambda t: 100.0, peaks=[(2.1, 500.0)]))
     bench.run(2.05)
-    for at, phases in ((2.06, (5,)), (2.14, ())):
+    for at, phases in ((2.06, (5,)), (2.24, ())):
         clock.advance_to(bench.start_ns + round(at * SECOND_NS))
         bench.marks.move(*phases)
     bench.run(3.0)
     bench.finish()
     assert (bench.phases[5].cells[metrics.RSS].max, bench.phases[5].cells[metrics.RSS].label) == (500.0, BOUND)
     assert bench.windows[2].cells[metrics.RSS].phase == 5, "where the training was longest"
+
+
+def test_level_that_rises_with_a_phase(clock):
+    """Memory that is there at the first look in a new phase was sampled in that one, and bounds the one before."""
+    bench = Bench(Curve(clock, lambda t: 100.0 if t < 2.1 else 300.0))
+    bench.marks.move(1)
+    bench.run(4.0, script=[(2.08, lambda: bench.marks.move(2))])
+    bench.finish()
+    found = {phase: (row.cells[metrics.RSS].max, row.cells[metrics.RSS].label) for phase, row in bench.phases.items()}
+    assert found == {0: (300.0, EXACT), 1: (300.0, BOUND), 2: (300.0, SAMPLED)}
+    assert bench.phases[1].cells[metrics.RSS].last == 100.0
+
+
+def test_outer_phase_of_a_spike_is_exact(clock):
+    """Of a phase that was open all the time, the height is exact, though the inner ones changed."""
+    bench = Bench(Curve(clock, lambda t: 100.0, peaks=[(2.1, 500.0)]))
+    bench.marks.move(1, 2)
+    bench.run(4.0, script=[(2.08, lambda: bench.marks.move(1, 3))])
+    bench.finish()
+    labels = {phase: row.cells[metrics.RSS].label for phase, row in bench.phases.items()}
+    assert labels == {0: EXACT, 1: EXACT, 2: BOUND, 3: BOUND}
+    assert {row.cells[metrics.RSS].max for row in bench.phases.values()} == {500.0}
 
 
 def test_spike_inside_one_phase_is_exact(clock):
