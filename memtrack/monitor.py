@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from memtrack import config
 from memtrack.agent.launch import AgentHandle, spawn
 from memtrack.collectors.procfs import program_name, start_ticks
-from memtrack.errors import MonitorError, RecordingError
+from memtrack.errors import MemtrackError, MonitorError, RecordingError
 from memtrack.notices import warn_once
 from memtrack.recording import layout
 from memtrack.recording.marks import MarkWriter
@@ -93,10 +93,8 @@ class Monitor:
         self._stopped = False
         self._relay: Relay | None = None
         self._attached: list[Attached] = []
-        self._agent = self._launch()
-        self._marks = MarkWriter(self.path)
+        self._marks, self._reader, self._agent = self._launch()
         self._marks.wake = self._agent.wake
-        self._reader = RecordingReader(self.path)
         if self._own:
             active.monitor, active.marks = self, self._marks
             atexit.register(self.stop)
@@ -197,11 +195,19 @@ class Monitor:
                 return path
         raise RecordingError(f"cannot find a free name for a recording in {folder}")
 
-    def _launch(self) -> AgentHandle:
+    def _launch(self) -> tuple[MarkWriter, RecordingReader, AgentHandle]:
+        """Open the recording at both ends and start the agent, which comes last because it cannot be taken back."""
+        opened: list[MarkWriter | RecordingReader] = []
         try:
-            return spawn(self.path)
-        except BaseException:
+            opened.append(marks := MarkWriter(self.path))
+            opened.append(reader := RecordingReader(self.path))
+            return marks, reader, spawn(self.path)
+        except BaseException as exc:
+            for part in opened:
+                part.close()
             os.unlink(self.path)
+            if isinstance(exc, OSError) and not isinstance(exc, MemtrackError):
+                raise RecordingError(f"cannot open the recording {self.path}: {exc.strerror}") from exc
             raise
 
     def _make_relay(self) -> Relay:
@@ -254,8 +260,10 @@ def _start_ticks(pid: int) -> int:
         return 0
     try:
         return start_ticks(pid)
-    except OSError as exc:
+    except (FileNotFoundError, ProcessLookupError) as exc:
         raise MonitorError(f"there is no process {pid}") from exc
+    except OSError as exc:
+        raise MonitorError(f"cannot look at process {pid}: {exc.strerror}") from exc
 
 
 def boot_id() -> str:

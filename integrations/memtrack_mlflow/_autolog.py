@@ -7,8 +7,6 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-import wrapt
-
 from memtrack_mlflow._sink import MlflowSink
 
 if TYPE_CHECKING:
@@ -103,5 +101,7 @@ def autolog(attach: Attach) -> Callable[[], None]:
     if loaded is not None and hasattr(loaded, "active_run"):
         follower.install(loaded)
     else:
+        import wrapt  # half a MiB, for nothing if MLflow is there already
+
         wrapt.register_post_import_hook(follower.install, FLUENT)
     return follower.remove

@@ -20,7 +20,11 @@ MAX_METRICS = 1000
 """What MLflow takes in one request (``mlflow.utils.validation``, since 1.0; one more is refused as a whole)."""
 
 PREFIX = "system/"
-"""Keys that begin so stand in the System metrics tab, over time; the section is the rest up to the last slash."""
+"""Keys that begin so stand in the System metrics tab, over time, in a section named by all up to the last slash."""
+
+SUMMARY = PREFIX + "memory/summary/"
+"""Where a run's final figures stand.
+A key with a slash that begins otherwise gets a section above the user's own charts."""
 
 
 class MlflowSink:
@@ -68,7 +72,7 @@ class MlflowSink:
     def finish(self, figures: RunFigures) -> None:
         timestamp_ms = round(1000 * time())
         tags = {f"memtrack.{key}": value for key, value in _tags(figures).items()}
-        metrics = [Value(f"memtrack/{key}", value, timestamp_ms, 0) for key, value in _numbers(figures).items()]
+        metrics = [Value(SUMMARY + key, value, timestamp_ms, 0) for key, value in _numbers(figures).items()]
         self._run.log(metrics, tags)
 
     def close(self) -> None:

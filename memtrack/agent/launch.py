@@ -43,7 +43,10 @@ def spawn(recording: str) -> AgentHandle:
     command = [_python(), "-I", "-S", _ENTRY, recording]
     if not hasattr(os, "posix_spawn"):
         return _spawn_elsewhere(command)
-    read_fd, wake_fd = _wake_pair()
+    try:
+        read_fd, wake_fd = _wake_pair()
+    except OSError as exc:
+        raise AgentError(f"cannot start the agent: {exc.strerror}") from exc
     null = os.devnull
     quiet = [] if os.environ.get("MEMTRACK_DEBUG") else [(os.POSIX_SPAWN_OPEN, 2, null, os.O_WRONLY, 0)]
     actions = [(os.POSIX_SPAWN_DUP2, read_fd, 0), (os.POSIX_SPAWN_OPEN, 1, null, os.O_WRONLY, 0), *quiet]
@@ -55,7 +58,11 @@ def spawn(recording: str) -> AgentHandle:
     finally:
         if read_fd != wake_fd:
             os.close(read_fd)
-    _reap(pid)
+    try:
+        _reap(pid)
+    except AgentError:
+        os.close(wake_fd)
+        raise
     return AgentHandle(wake_fd)
 
 

@@ -60,6 +60,7 @@ class Agent:
         self._head.state = RUNNING
         self._head.agent_pid = os.getpid()
         self._limit_near = False
+        self._quiet = False
         self._late_max_ms = 0.0
         self._writer.event("start", now_ns, text=f"agent {os.getpid()} watches {self._pid}")
         self._writer.publish(self._head)
@@ -95,6 +96,9 @@ class Agent:
             latest.get(metrics.CONTAINER_USAGE, _NAN),
             latest.get(metrics.CONTAINER_HEADROOM, _NAN),
         )
+        if self._budget.exhausted != self._quiet:
+            self._quiet = self._budget.exhausted
+            self._writer.set_quiet(self._quiet)
 
     def _serve(self) -> int:
         """The training process has something: cut the window, stop, or look now because a phase began or ended."""
@@ -109,7 +113,7 @@ class Agent:
             self._sampler.cut_on_request(monotonic_ns(), time_ns())
             self._head.cut = cut
             self._publish()
-        elif not self._budget.exhausted:
+        else:
             self._tick()
         return RUNNING
 

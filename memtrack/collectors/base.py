@@ -29,9 +29,10 @@ class Collector:
         raise NotImplementedError
 
     def high_water(self) -> Iterable[Sample]:
-        """High-water marks that the kernel keeps, as of the last ``collect``.
+        """High-water marks that the kernel keeps, as they are now.
 
-        A rise since the last call proves that the metric stood this high in between, even if no sample saw it.
+        A rise since the last call proves that the metric stood this high in between, even if no sample saw it. Asked
+        when a window or a phase ends, and once a second.
         """
         return ()
 

@@ -8,7 +8,8 @@ A recording is one file of a fixed size, allocated up front. All numbers are lit
     0            whoever creates the file    header: magic, version, length, crc32, then ``key=value`` lines
     4 Ki         the agent                   head: two alternating slots of 512 bytes, written with each window, see
                                              :class:`Head`; behind them two lines with the last sample, written at
-                                             each tick, see :class:`Pulse`
+                                             each tick, see :class:`Pulse`; and a word that is not 0 while the agent
+                                             does not want to be woken for phases
     8 Ki         the trainer                 control words, two "now" slots, 61 gauges: lines of 64 bytes
     12 Ki        the trainer                 ring of 512 marks, 64 bytes each: phases, epochs, named marks
     44 Ki        the trainer                 256 names of 64 bytes: phases, marks, gauges
@@ -48,6 +49,7 @@ LINE = 64
 HEAD = 4096
 HEAD_SLOT = 512
 PULSE = HEAD + 2 * HEAD_SLOT
+QUIET = PULSE + 2 * LINE
 CONTROL = 8192
 NOW = CONTROL + LINE
 GAUGES = CONTROL + 3 * LINE

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
+from struct import Struct
 from time import monotonic_ns
 
 from memtrack.recording import layout
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _pack_now = NOW_BODY.pack
-_pack_mark = MARK_BODY.pack
+_pack_mark = Struct(f"{MARK_BODY.format}{MARK_PATH.size}s").pack
 _pack_gauge = GAUGE_BODY.pack
 
 # looking these up as attributes of a module takes as long as the rest of a mark
@@ -26,11 +27,12 @@ _NOW = [(at // 8, slice(at + 8, at + 8 + NOW_BODY.size)) for at in (layout.NOW, 
 """Index of the sequence word, and place of the body, of the two slots."""
 
 _CUT_WORD = layout.CONTROL // 8 + layout.CUT
+_QUIET_WORD = layout.QUIET // 8
 _STOP_WORD = layout.CONTROL // 8 + layout.STOP
 _WRITTEN_WORD = layout.CONTROL // 8 + layout.MARKS_WRITTEN
 _REFUSED_WORD = layout.CONTROL // 8 + layout.MARKS_REFUSED
 
-WAKE_NS = 20_000_000
+WAKE_NS = 50_000_000
 
 
 class Phase:
@@ -78,9 +80,9 @@ class MarkWriter:
         self._names: dict[str, int] = {"": 0}
         self._gauges: dict[str, int] = {}
         self._gauge_turn = 0
-        self._woke_ns = 0
+        self._wake_due_ns = 0
         self.wake: Callable[[], None] | None = None
-        """Called when a phase begins or ends, at most every 20 ms: a sample there keeps phases apart."""
+        """Called when a phase begins or ends, at most every 50 ms: a sample there keeps phases apart."""
 
     def step(self, step: int) -> None:
         """The training has reached this step."""
@@ -114,7 +116,7 @@ class MarkWriter:
                 self._phase = phase
                 self._open.append(phase)
                 now_ns = self._mark(_BEGIN, phase.id, 0.0)
-                if now_ns - self._woke_ns > WAKE_NS:
+                if now_ns > self._wake_due_ns:
                     self._wake(now_ns)
             return phase
 
@@ -130,7 +132,7 @@ class MarkWriter:
             elif not self._close(phase):
                 return
             now_ns = self._mark(_END, phase.id, 0.0)
-            if now_ns - self._woke_ns > WAKE_NS:
+            if now_ns > self._wake_due_ns:
                 self._wake(now_ns)
 
     def mark(self, name: str, value: float = 0.0) -> None:
@@ -177,7 +179,7 @@ class MarkWriter:
         """Returns the time that the mark carries."""
         phase = self._phase
         now_ns = monotonic_ns()
-        body = _pack_mark(kind, phase.depth, name, self._epoch, self._step, now_ns, value) + phase.packed
+        body = _pack_mark(kind, phase.depth, name, self._epoch, self._step, now_ns, value, phase.packed)
         self._marks = number = self._marks + 1
         words = self._words
         at = _MARKS + number % _COUNT * _LINE
@@ -188,8 +190,8 @@ class MarkWriter:
         return now_ns
 
     def _wake(self, now_ns: int) -> None:
-        self._woke_ns = now_ns
-        if self.wake is not None:
+        self._wake_due_ns = now_ns + WAKE_NS
+        if self.wake is not None and self._words[_QUIET_WORD] == 0:
             self.wake()
 
     def _name(self, name: str) -> int:

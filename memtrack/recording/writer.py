@@ -94,6 +94,10 @@ class RecordingWriter:
         body = layout.PULSE_BODY.pack(now_ns, rss_mib, usage_mib, headroom_pct)
         self._put(layout.PULSE + (self._beat & 1) * layout.LINE, self._beat, body)
 
+    def set_quiet(self, quiet: bool) -> None:
+        """Tell the trainer whether to leave the agent alone when phases begin and end."""
+        self._words[layout.QUIET // 8] = quiet
+
     def _put(self, at: int, turn: int, body: bytes) -> None:
         self._words[at // 8] = 0
         self._bytes[at + 8 : at + 8 + len(body)] = body

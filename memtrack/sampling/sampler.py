@@ -34,11 +34,14 @@ if TYPE_CHECKING:
 HIGH_WATER_TOLERANCE_MIB = 1.0
 """The kernel keeps its high-water mark in counters that are summed lazily: it may be off by some 100 KiB a CPU pair."""
 
-COST_FACTOR = 2000
-"""A collector that took t is asked again no sooner than after 2000 t: no more than 0.05 % of a core each."""
+HIGH_WATER_NS = 10**9
+"""How often high-water marks are read, besides at the ends of windows and phases."""
+
+COST_FACTOR = 3000
+"""A collector that took t is asked again no sooner than after 3000 t: no more than 0.03 % of a core each."""
 
 STALE_FACTOR = 200
-"""The same for one that knows that its values are out of date, once; the time is made up for afterwards."""
+"""The same for one that knows that its values are out of date. It may be one call ahead of its time, no more."""
 
 PHASE_STORE_NS = 5 * 10**9
 """How often the row of a phase is stored if it has no new maximum."""
@@ -66,7 +69,9 @@ class Source:
         """At its time, or sooner if its values are known to be out of date."""
         if now_ns >= self.due_ns:
             return True
-        return self.collector.stale and now_ns >= self.last_ns + max(self.period_ns // 4, STALE_FACTOR * self.cost_ns)
+        if not self.collector.stale or self.due_ns - now_ns > max(self.period_ns, COST_FACTOR * self.cost_ns):
+            return False
+        return now_ns >= self.last_ns + max(self.period_ns // 4, STALE_FACTOR * self.cost_ns)
 
 
 class PhaseRow:
@@ -128,6 +133,7 @@ class Sampler:
         self._phase_limit = phase_limit
         self._tick_due_ns = now_ns
         self._window_due_ns = now_ns + self._interval_ns
+        self._high_water_due_ns = now_ns
         self._last_ns = now_ns
         self._wall_ns = 0
         self._place = marks.place()
@@ -154,8 +160,12 @@ class Sampler:
         places = None
         if self._marks.written() != self._marks_seen:
             places = self._pass_marks(now_ns)
+        if places is not None or now_ns >= self._window_due_ns:
+            self._high_water_due_ns = now_ns
         for source in self._every_tick:
             self._ask(source, now_ns, places)
+        if now_ns >= self._high_water_due_ns:
+            self._high_water_due_ns = now_ns + HIGH_WATER_NS
         if now_ns >= self._slower_due_ns:
             self._ask_slower(now_ns)
         self._last_ns = now_ns
@@ -192,6 +202,7 @@ class Sampler:
 
     def cut_on_request(self, now_ns: int, wall_ns: int) -> None:
         """Finish the current window with a last sample, store every phase, and count windows from now on."""
+        self._high_water_due_ns = now_ns
         self.tick(now_ns, wall_ns)
         self.cut(now_ns, wall_ns)
         for phase in self._phases.values():
@@ -230,11 +241,12 @@ class Sampler:
                 else:
                     cell.add(value, now_ns, marks, seconds)
             source.last = kept
-            for metric, value in collector.high_water():
-                before = source.high_water.get(metric)
-                source.high_water[metric] = value
-                if before is not None and value > before + HIGH_WATER_TOLERANCE_MIB:
-                    self._raise(metric, value, now_ns, places)
+            if now_ns >= self._high_water_due_ns:
+                for metric, value in collector.high_water():
+                    before = source.high_water.get(metric)
+                    source.high_water[metric] = value
+                    if before is not None and value > before + HIGH_WATER_TOLERANCE_MIB:
+                        self._raise(metric, value, now_ns, places)
         except Exception:  # the others go on, whatever is wrong with this one
             source.errors += 1
             source.last = ()
@@ -249,7 +261,7 @@ class Sampler:
                 began_ns = self._cpu_clock_ns()
                 self._ask(source, now_ns, None)
                 source.cost_ns = self._cpu_clock_ns() - began_ns
-                period_ns = max(source.period_ns * (4 if exhausted else 1), COST_FACTOR * source.cost_ns)
+                period_ns = max(source.period_ns * (2 if exhausted else 1), COST_FACTOR * source.cost_ns)
                 source.due_ns = max(source.due_ns, now_ns - source.period_ns) + period_ns
             due_ns = min(due_ns, source.due_ns)
         self._slower_due_ns = due_ns

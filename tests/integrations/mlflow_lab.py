@@ -13,11 +13,13 @@ import sys
 import threading
 import time
 import urllib.request
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,6 +27,8 @@ from memtrack import metrics
 from memtrack.recording.reader import RecordingReader
 
 ROOT = Path(__file__).resolve().parents[2]
+
+SUMMARY = "system/memory/summary/"
 
 HEADER = """
 import json, os, sys, threading, time
@@ -80,9 +84,12 @@ class Store:
         }
 
     def series(self, run_id):
-        """``name -> [(timestamp in ms, step, value)]`` of memtrack's charts."""
-        history = self.history(run_id)
-        return {key.removeprefix("system/"): points for key, points in history.items() if key.startswith("system/")}
+        """``name -> [(timestamp in ms, step, value)]`` of memtrack's charts, without the final figures."""
+        return {
+            key.removeprefix("system/"): points
+            for key, points in self.history(run_id).items()
+            if key.startswith("system/memory/") and not key.startswith(SUMMARY)
+        }
 
 
 @pytest.fixture(scope="session")
@@ -129,7 +136,7 @@ class Server(Store):
             self.port = free.getsockname()[1]
         super().__init__(f"http://127.0.0.1:{self.port}")
         self._folder = folder
-        self._process = None
+        self._process: subprocess.Popen[bytes] | None = None
 
     def start(self):
         """Start it if it does not run, and wait until it is healthy."""
@@ -207,7 +214,7 @@ class Proxy(Store):
     """
 
     def __init__(self, server: Server) -> None:
-        self.misbehave = lambda number: None
+        self.misbehave: Callable[[int], tuple[Any, ...] | None] = lambda number: None
         self.requests: list[float] = []
         """When each of memtrack's requests came, monotonic."""
         proxy = self
@@ -361,7 +368,7 @@ def scripts(tmp_path):
     """What the fixture ``train`` gives, with the scripts and recordings in a folder."""
     folder = tmp_path / "recordings"
     folder.mkdir(mode=0o700)
-    started = []
+    started: list[Script] = []
 
     def run(source, store=None, *, wait=True, check=True, timeout=90, **env):
         path = tmp_path / f"train{len(started)}.py"
@@ -401,7 +408,7 @@ def rows(recording, since=0.0, until=float("inf")):
 
 def points(found):
     """``name -> [(timestamp in ms, value)]``: what the default charts of these windows must show."""
-    expected = {}
+    expected: dict[str, list[tuple[int, float]]] = {}
     for row in found:
         timestamp = round(row.end_wall_ns / 1e6)
         for name, cell in row.cells.items():

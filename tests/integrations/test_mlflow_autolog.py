@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from memtrack import metrics
-from tests.integrations.mlflow_lab import check_run, rows, scripts, sqlite_copy
+from tests.integrations.mlflow_lab import SUMMARY, check_run, rows, scripts, sqlite_copy
 
 pytest.importorskip("mlflow")
 pytest.importorskip("wrapt")
@@ -513,7 +513,7 @@ report(run_id=run.info.run_id, t0=t0, t1=t1, grown=grown, shrunk=shrunk)
 
     run = mlflow_server.client().get_run(result["run_id"])
     tags = {key.removeprefix("memtrack."): value for key, value in run.data.tags.items() if "memtrack." in key}
-    figures = {key.removeprefix("memtrack/"): value for key, value in run.data.metrics.items() if "memtrack/" in key}
+    figures = {key.removeprefix(SUMMARY): value for key, value in run.data.metrics.items() if key.startswith(SUMMARY)}
     assert tags["peak_phase"] == "train"
     assert tags["peak_step"] in ("40", "41")
     assert tags["peak"].endswith((" MiB (exact)", " MiB (sampled)"))

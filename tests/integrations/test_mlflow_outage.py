@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 
@@ -129,7 +131,7 @@ def test_the_end_is_not_delayed_by_a_dead_server(mlflow_server, train, record_pr
     assert len(own_lines(outputs[1].stderr)) <= 1
 
 
-MISBEHAVIOUR = {
+MISBEHAVIOUR: dict[str, Callable[[int], tuple[Any, ...] | None]] = {
     # a request takes 10 s, and is served then
     "slow": lambda number: ("wait", 10.0) if number == 1 else None,
     # told to come back in 4 s

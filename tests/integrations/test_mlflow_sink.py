@@ -12,7 +12,7 @@ import pytest
 import memtrack
 from memtrack import metrics
 from memtrack.errors import DeliveryError, RejectedError
-from memtrack.sinks import Batch, Point, RunFigures
+from memtrack.sinks import Batch, Point, RunFigures, Sink
 from memtrack.testing import SinkContract, example_batch
 from tests.integrations.mlflow_lab import check_run
 
@@ -140,7 +140,7 @@ def test_start_with_a_run_id(store, monkeypatch):
     """A sink made for a run feeds that one, whatever is active; ``MLFLOW_RUN_ID`` counts where nothing is."""
     named, by_variable = (store.client().create_run("0").info.run_id for _ in range(2))
     monkeypatch.setenv("MLFLOW_RUN_ID", by_variable)
-    sinks = [MlflowSink(run_id=named), "mlflow"]
+    sinks: list[str | Sink] = [MlflowSink(run_id=named), "mlflow"]
     with memtrack.start(sinks=sinks, interval=0.1, flush_interval=0.2) as monitor:
         since = time.time()
         time.sleep(0.5)

@@ -54,12 +54,12 @@ def test_details(proc):
     """What resident memory consists of, and how many faults a second needed the disk."""
     process = ProcessCollector(PID, proc.path)
     details = ProcessDetailCollector(process, PID, proc.path)
-    process.collect(SECOND_NS)
+    process.high_water()
     assert dict(details.collect(SECOND_NS)) == {
         metrics.ANON: 230.0, metrics.FILE: 50.0, metrics.SHMEM: 20.0, metrics.SWAP: 7.0,
     }  # fmt: skip
     proc.update(PID, major_faults=150)
-    process.collect(3 * SECOND_NS)
+    process.high_water()
     assert dict(details.collect(3 * SECOND_NS))[metrics.MAJOR_FAULTS] == 25.0
     details.close()
 

@@ -330,20 +330,20 @@ def test_exhausted_budget_stretches(clock):
     late = [at for at in bench.ticks if at > 60.0]
     assert len(late) / 60 < 6
     asked = [at for at in slow.asked if at > 60.0]
-    assert len(asked) <= 60 / 3
+    assert len(asked) <= 60 / 2 + 1
     thrifty = Bench(Curve(Clock(), lambda t: 100.0 + 30 * t), share=0.002)
     thrifty.run(120.0)
     assert len([at for at in thrifty.ticks if at > 60.0]) / 60 > 9
 
 
 def test_expensive_collector_is_asked_rarely(clock):
-    """A collector that takes 20 ms is asked every 40 s only: no more than 0.05 % of a core."""
+    """A collector that takes 20 ms is asked every 60 s only: no more than 0.03 % of a core."""
     slow = Slow(clock, 1.0, cost_s=0.02)
     bench = Bench(Curve(clock, lambda t: 100.0), slow)
     bench.run(400.0)
     gaps = [later - earlier for earlier, later in zip(slow.asked, slow.asked[1:], strict=False)]
     assert min(gaps) >= 0.02 * COST_FACTOR - 1.5
-    assert len(slow.asked) == pytest.approx(400 / 40, abs=2)
+    assert len(slow.asked) == pytest.approx(400 / 60, abs=2)
 
 
 def test_stale_collector_is_asked_early(clock):
@@ -355,9 +355,11 @@ def test_stale_collector_is_asked_early(clock):
     slow.stale = True
     bench.run(4.5)
     assert len(slow.asked) == 2
+    bench.run(14.0)
+    assert len(slow.asked) == 2, "it is one call ahead of its time already"
     slow.stale = False
-    bench.run(15.0)
-    assert len(slow.asked) <= 3
+    bench.run(50.0)
+    assert len(slow.asked) <= 5
 
 
 # -- peaks ----------------------------------------------------------------------------------------------------------
@@ -370,7 +372,7 @@ def test_spike_that_no_sample_saw(clock):
     assert [row.cells[metrics.RSS].max for row in bench.windows] == [100.0, 100.0, 400.0, 100.0, 100.0]
     cell = bench.windows[2].cells[metrics.RSS]
     assert cell.label == EXACT
-    assert 2.55 <= bench.seconds(cell.max_ns) <= 2.85
+    assert 2.55 <= bench.seconds(cell.max_ns) <= 3.05
     assert cell.mean == pytest.approx(100.0)
 
 
