@@ -36,5 +36,12 @@ class Collector:
         """
         return ()
 
+    def between(self) -> Iterable[Sample]:
+        """Estimates from what is known without reading anything, for windows in which it is not due.
+
+        Nothing means that the last values are held.
+        """
+        return ()
+
     def close(self) -> None:
         """Release held descriptors. Called once."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from memtrack import metrics
 from memtrack.sampling.cadence import CALM_S, UNLIMITED_MIB, Budget, Cadence
-from memtrack.sampling.window import BOUND, EXACT, Cell, Place, Row
+from memtrack.sampling.window import BOUND, ESTIMATED, EXACT, SAMPLED, Cell, Place, Row
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -140,6 +140,7 @@ class Sampler:
         self._phases: dict[int, PhaseRow] = {}
         self._refused: set[int] = set()
         self._row = Row(0, now_ns)
+        self._span_start_ns = now_ns
         self._span: dict[str, Cell] = {}
         """The cells since the window began or the phases changed; merged into the window and the phases at its end."""
         self.due_ns = now_ns
@@ -326,7 +327,7 @@ class Sampler:
             self._row.merge(span)
         else:
             self._row.cells = span.cells
-        self._span = {}
+        self._span, self._span_start_ns = {}, now_ns
 
     def _open(self, place: Place, now_ns: int) -> list[Row]:
         """The rows that a sample here belongs to: of everything, and of each open phase."""
@@ -339,16 +340,17 @@ class Sampler:
                         self._refused.add(phase)
                         self.dropped += 1
                     continue
-                known = self._phases[phase] = PhaseRow(phase, self._last_ns)
+                known = self._phases[phase] = PhaseRow(phase, self._span_start_ns)
             known.row.end_ns, known.row.end_wall_ns = now_ns, self._wall_ns
             rows.append(known.row)
         return rows
 
     def _hold(self, source: Source) -> None:
-        """Show the last known values in a window in which the collector was not due, as held: count 0."""
-        for metric, value in source.last:
+        """Show the last known values, or estimates, in a window in which the collector was not due. Their count is 0."""
+        estimates = source.collector.between()
+        for metric, value in estimates or source.last:
             if metric not in self._span and metric not in self._row.cells:
-                cell = Cell(value, source.last_ns, self._place)
+                cell = Cell(value, source.last_ns, self._place, label=ESTIMATED if estimates else SAMPLED)
                 cell.count = 0
                 self._row.cells[metric] = cell
 

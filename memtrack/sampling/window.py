@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 NO_STEP = -1
 
-EXACT, SAMPLED, BOUND = 1, 2, 3
-LABELS = {EXACT: "exact", SAMPLED: "sampled", BOUND: "bound"}
+EXACT, SAMPLED, BOUND, ESTIMATED = 1, 2, 3, 4
+LABELS = {EXACT: "exact", SAMPLED: "sampled", BOUND: "bound", ESTIMATED: "estimated"}
 
 
 class Place:

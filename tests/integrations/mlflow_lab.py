@@ -92,12 +92,18 @@ class Store:
         }
 
 
+_shared: dict[str, Any] = {}
+"""The template and the server. Several folders of tests have these fixtures, and pytest makes one for each."""
+
+
 @pytest.fixture(scope="session")
 def mlflow_template(tmp_path_factory):
     """A migrated, empty database of MLflow, made once: the migrations take seconds."""
     pytest.importorskip("mlflow")
     pytest.importorskip("sqlalchemy", reason="needs the full mlflow, with its SQL store")
-    path = tmp_path_factory.mktemp("mlflow-template") / "mlflow.db"
+    if "template" in _shared:
+        return _shared["template"]
+    path = _shared["template"] = tmp_path_factory.mktemp("mlflow-template") / "mlflow.db"
     subprocess.run(
         [sys.executable, "-c", f"import mlflow; mlflow.MlflowClient('sqlite:///{path}').search_experiments()"],
         cwd=path.parent,
@@ -188,11 +194,12 @@ class Server(Store):
 
 @pytest.fixture(scope="session")
 def _server(mlflow_template, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("mlflow-server")
-    shutil.copy(mlflow_template, folder / "mlflow.db")
-    server = Server(folder)
-    yield server
-    server.stop()
+    if "server" not in _shared:
+        folder = tmp_path_factory.mktemp("mlflow-server")
+        shutil.copy(mlflow_template, folder / "mlflow.db")
+        _shared["server"] = Server(folder)
+    yield _shared["server"]
+    _shared["server"].stop()
 
 
 @pytest.fixture

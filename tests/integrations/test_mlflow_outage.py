@@ -17,7 +17,8 @@ pytest.importorskip("mlflow")
 pytest.importorskip("wrapt")
 
 LOOP = """
-import memtrack, mlflow
+import logging, memtrack, mlflow
+logging.basicConfig()  # so that urllib3's "Retrying ..." would be seen
 {autolog}
 paces = []
 print("READY", flush=True)
@@ -129,6 +130,8 @@ def test_the_end_is_not_delayed_by_a_dead_server(mlflow_server, train, record_pr
     assert errors[0] == errors[1]
     assert delays[1] - delays[0] <= 2.0
     assert len(own_lines(outputs[1].stderr)) <= 1
+    retries = [output.stderr.count("Retrying") for output in outputs]
+    assert retries[0] == retries[1] >= 1, "those of MLflow's own requests"
 
 
 MISBEHAVIOUR: dict[str, Callable[[int], tuple[Any, ...] | None]] = {

@@ -155,9 +155,7 @@ def test_since(writer, reader, since):
     writer.publish(Head())
     whole = list(reader.windows())
     part = list(reader.windows(since))
-    assert [(row.first, row.last) for row in part] == [
-        (row.first, row.last) for row in whole if row.last >= since
-    ]
+    assert [(row.first, row.last) for row in part] == [(row.first, row.last) for row in whole if row.last >= since]
 
 
 def test_window_without_head(writer, reader):

@@ -10,7 +10,7 @@ from memtrack.recording import layout
 from memtrack.recording.layout import Mark
 from memtrack.sampling.cadence import CALM_S, Budget
 from memtrack.sampling.sampler import COST_FACTOR, Sampler
-from memtrack.sampling.window import BOUND, EXACT, SAMPLED, Place
+from memtrack.sampling.window import BOUND, ESTIMATED, EXACT, SAMPLED, Place
 from memtrack.testing import FakeClock
 
 SECOND_NS = 10**9
@@ -362,6 +362,20 @@ def test_stale_collector_is_asked_early(clock):
     assert len(slow.asked) <= 5
 
 
+def test_estimates_stand_in_where_there_are_some(clock):
+    """Between two calls of an expensive collector its own estimate is shown, as estimated and with a count of 0."""
+
+    class Estimating(Slow):
+        def between(self):
+            return ((SLOW, 7.0),)
+
+    bench = Bench(Curve(clock, lambda t: 100.0), Estimating(clock, 3.0))
+    bench.run(6.0)
+    cells = [row.cells[SLOW] for row in bench.windows]
+    assert {(cell.mean, cell.label) for cell in cells if cell.count == 0} == {(7.0, ESTIMATED)}
+    assert ESTIMATED not in {cell.label for cell in cells if cell.count}
+
+
 # -- peaks ----------------------------------------------------------------------------------------------------------
 
 
@@ -412,7 +426,9 @@ def test_second_lower_spike_is_caught_by_looking_faster(clock):
 def test_step_and_phase_of_a_maximum(clock):
     """The maximum carries where the training stood."""
     bench = Bench(Curve(clock, lambda t: 100.0 + (50.0 if 1.5 <= t < 2.1 else 0.0)))
-    bench.run(4.0, script=[(0.2, lambda: bench.marks.move(1, 2, step=7)), (1.2, lambda: bench.marks.move(1, 3, step=8))])
+    bench.run(
+        4.0, script=[(0.2, lambda: bench.marks.move(1, 2, step=7)), (1.2, lambda: bench.marks.move(1, 3, step=8))]
+    )
     cell = bench.windows[1].cells[metrics.RSS]
     assert (cell.max, cell.step, cell.phase) == (150.0, 8, 3)
     assert bench.windows[0].step == 7

@@ -193,3 +193,23 @@ def test_all_collectors_of_this_process():
     assert {metrics.HOST_AVAILABLE, metrics.CONTAINER_LIMIT, metrics.CONTAINER_HEADROOM} <= set(latest)
     assert latest[metrics.TREE_PSS] <= latest[metrics.TREE_RSS_SUM] + 1.0
     assert limit_source()
+
+
+def test_pss_between_two_readings(proc):
+    """Each process is taken to have grown as its RSS did; one that is gone counts no more, one that is new not yet."""
+    proc.update(PID, rss_mib=400.0, pss_mib=150.0)
+    proc.add(5000, parent=PID, rss_mib=400.0, pss_mib=130.0)
+    tree = TreeCollector(PID, proc=proc.path)
+    pss = PssCollector(tree, proc.path)
+    assert list(pss.between()) == []
+    list(tree.collect(0))
+    list(pss.collect(0))
+    assert dict(pss.between()) == {metrics.TREE_PSS: 280.0}
+    proc.update(PID, rss_mib=450.0, pss_mib=0.0)
+    proc.add(5001, parent=PID, rss_mib=300.0)
+    list(tree.collect(1))
+    assert dict(pss.between()) == {metrics.TREE_PSS: 330.0}
+    proc.kill(5000)
+    list(tree.collect(2))
+    assert dict(pss.between()) == {metrics.TREE_PSS: 200.0}
+    tree.close()
