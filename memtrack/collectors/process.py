@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 class ProcessCollector(Collector):
     """Resident memory at every tick from ``statm``, and what the kernel says its highest value was from ``status``.
 
-    Neither depends on the size of the process, but ``status`` takes twice as long. ``VmHWM`` is kept by the kernel (since
-    6.2 from counters that are summed lazily, so it may lag or even fall by some 100 KiB); a rise between two reads is the
-    exact height of a spike that no sample saw.
+    Neither depends on the size of the process, but ``status`` takes twice as long. ``VmHWM`` is kept by the kernel
+    (since 6.2 from counters that are summed lazily, so it may lag or even fall by some 100 KiB); a rise between two
+    reads is the exact height of a spike that no sample saw.
 
     The memory of a zombie reads as none: ``collect`` then raises ValueError.
     """

@@ -346,7 +346,7 @@ class Sampler:
         return rows
 
     def _hold(self, source: Source) -> None:
-        """Show the last known values, or estimates, in a window in which the collector was not due. Their count is 0."""
+        """Show the last known values, or estimates, in a window in which the collector was not due: count 0."""
         estimates = source.collector.between()
         for metric, value in estimates or source.last:
             if metric not in self._span and metric not in self._row.cells:

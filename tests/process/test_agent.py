@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-import statistics
 import stat
+import statistics
 import subprocess
 import sys
 import time

@@ -76,7 +76,7 @@ def test_child_leaves_the_parents_phase():
 
 
 def test_fork_while_the_lock_is_held():
-    """A child that was forked while another thread was marking does not wait for that thread, which it does not have."""
+    """A child forked while another thread was marking does not wait for that thread, which it does not have."""
     with memtrack.start() as monitor:
         held, release = threading.Event(), threading.Event()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 from memtrack.recording.reader import RecordingReader
@@ -45,6 +46,6 @@ sys.stdin.readline()
         seen.append(reader.pulse().mono_ns)
     assert ended - began > 1.5e9, "the sort was too short to show anything"
     inside = [at for at in seen if began - GAP_S * 1e9 <= at <= ended + GAP_S * 1e9]
-    gaps = [(later - earlier) / 1e9 for earlier, later in zip(inside, inside[1:], strict=False)]
+    gaps = [(later - earlier) / 1e9 for earlier, later in itertools.pairwise(inside)]
     assert len(gaps) > 5
     assert max(gaps) <= GAP_S, sorted(gaps)[-5:]

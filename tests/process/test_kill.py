@@ -1,5 +1,6 @@
 """``kill -9`` at any moment leaves a recording that opens, in which nothing that is accepted is torn or wrong."""
 
+import itertools
 import os
 import random
 import shutil
@@ -49,7 +50,7 @@ def start_busy(folder):
 
 
 def check_marks(path):
-    """Every mark, gauge and slot that the reader accepts is one that was written, whole. Returns the number of marks."""
+    """Every mark, gauge and slot that is accepted is one that was written, whole. Returns the number of marks."""
     with open(path, "rb") as file:
         marks = MarkReader(file.read(layout.METRICS))
     place = marks.place()
@@ -80,7 +81,7 @@ def check_windows(path, died_ns):
     """The windows are whole and follow each other. Returns how old the newest sample was at death, in seconds."""
     with memtrack.open_recording(path) as recording:
         rows = list(recording.windows())
-        for before, after in zip(rows, rows[1:], strict=False):
+        for before, after in itertools.pairwise(rows):
             assert after.first == before.last + 1
             assert after.start_ns == before.end_ns
         for row in rows:

@@ -51,7 +51,8 @@ def test_sizes(text, size):
 
 WRONG = [
     *[(name, value) for name in DURATIONS for value in (
-        0, -1, 0.001, math.nan, math.inf, -math.inf, "0s", "-5s", "nan", "inf", "1e999", "1e308h", "10 parsecs", "s", "",
+        0, -1, 0.001, math.nan, math.inf, -math.inf, "0s", "-5s", "nan", "inf", "1e999", "1e308h", "10 parsecs", "s",
+        "",
         "1s2", "1..5", True, [1], "2 days", 1e9, "1_0s",
     )],
     *[("recording_size", value) for value in (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -261,7 +263,7 @@ def test_parts_do_not_overlap():
         (layout.PHASES, layout.PHASE_COUNT * 2 * layout.PAGE),
         (layout.WINDOWS, layout.PAGE),
     ]
-    for (start, size), (following, _) in zip(parts, parts[1:], strict=False):
+    for (start, size), (following, _) in itertools.pairwise(parts):
         assert start + size <= following
         assert start % layout.LINE == 0
     assert layout.MARK_BODY.size + layout.MARK_PATH.size <= layout.LINE - 8

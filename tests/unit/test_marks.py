@@ -124,7 +124,7 @@ def test_phase_keeps_its_id(marks):
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 @pytest.mark.parametrize("names", [("a", "b", "c"), ("a", "a", "b"), ("a", "a", "a")])
 def test_threads_leave_in_any_order(marks, names, order):
-    """Each phase that was left is gone; the others are open, in the order of entering, whatever the order of leaving."""
+    """A phase that was left is gone; the others are open, in the order of entering, however they are left."""
     writer, reader = marks
     opened = [writer.begin(name) for name in names]
     still = list(range(3))

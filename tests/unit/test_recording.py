@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import shutil
@@ -218,7 +219,7 @@ def test_reading_is_overtaken(writer, reader):
     for row in rows:
         covered |= set(range(row.first, row.last + 1))
     assert covered == set(range(3000))
-    assert all(earlier.last < later.last for earlier, later in zip(rows, rows[1:], strict=False))
+    assert all(earlier.last < later.last for earlier, later in itertools.pairwise(rows))
 
 
 def test_metrics_that_come_later(writer, reader):

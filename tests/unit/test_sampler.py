@@ -119,7 +119,7 @@ class Bench:
         self.sampler.tick(self.clock.now_ns, self.clock.wall_ns)
 
     def run(self, until_s, late_s=0.0, script=()):
-        """Tick whenever the sampler wants to, ``late_s`` late, up to ``until_s``; ``script`` is (seconds, call) pairs."""
+        """Tick whenever the sampler wants, ``late_s`` late, up to ``until_s``; ``script`` is (seconds, call) pairs."""
         pending = sorted(script, key=lambda entry: entry[0])
         end_ns = self.start_ns + round(until_s * SECOND_NS)
         while True:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -48,7 +50,7 @@ def test_merging_any_split_equals_sampling_it_whole(series, data):
         take(whole, number, sample)
     cuts = sorted(data.draw(st.sets(st.integers(1, len(series)), max_size=8)) | {0, len(series)})
     rows = []
-    for window, (start, end) in enumerate(zip(cuts, cuts[1:], strict=False)):
+    for window, (start, end) in enumerate(itertools.pairwise(cuts)):
         row = Row(window, start * 10**7)
         for number in range(start, end):
             take(row, number, series[number])
