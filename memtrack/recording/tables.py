@@ -41,6 +41,9 @@ class Recording(RecordingReader):
     def __repr__(self) -> str:
         return f"<memtrack.Recording {self.path}, {self.head().windows} windows>"
 
+    def __enter__(self) -> Recording:
+        return self
+
     def to_numpy(self) -> dict[str, NDArray[np.void]]:
         """For each metric, by name, a structured array of its windows, oldest first, shape ``(windows,)``.
 

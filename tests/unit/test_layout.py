@@ -150,7 +150,7 @@ def test_header_that_somebody_made_up(text):
 # -- names ----------------------------------------------------------------------------------------------------------
 
 
-@given(st.lists(st.text(st.characters(exclude_categories=("Cs",)), min_size=1), max_size=20))
+@given(st.lists(st.text(st.characters(exclude_categories=("Cs",)), min_size=1), max_size=20))  # type: ignore[arg-type]
 def test_names_round_trip(names):
     """Names that fit come back; longer ones keep their end, cut between characters."""
     table = b"".join(map(layout.pack_name, names)).ljust(layout.NAME_COUNT * layout.LINE, b"\0")
