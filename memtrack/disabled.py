@@ -15,6 +15,10 @@ class _NothingAttached(Attached):
     def __init__(self) -> None:
         pass
 
+    @property
+    def done(self) -> bool:
+        return True
+
     def detach(self, timeout_s: float = 0.0) -> bool:
         return True
 

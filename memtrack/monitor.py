@@ -63,6 +63,11 @@ class Attached:
         self._monitor = monitor
         self._feed = feed
 
+    @property
+    def done(self) -> bool:
+        """Whether it was detached and its sink has everything."""
+        return self._feed.done.is_set()
+
     def detach(self, timeout_s: float = EXIT_TIMEOUT_S) -> bool:
         """Deliver the windows up to now and the final figures. Returns whether that was done within ``timeout_s``.
 
@@ -110,7 +115,8 @@ class Monitor:
             self._relay = self._make_relay()
         self._request_cut()
         attached = Attached(self, self._relay.add(sink, time.monotonic_ns()))
-        self._attached.append(attached)
+        # a process may make thousands of runs: those that are done need not be remembered
+        self._attached = [other for other in self._attached if not other.done] + [attached]
         return attached
 
     def flush(self, timeout_s: float = EXIT_TIMEOUT_S) -> bool:

@@ -17,12 +17,15 @@ _WRITTEN = layout.CONTROL // 8 + layout.MARKS_WRITTEN
 class MarkReader:
     """The trainer's part of a recording, seen by the agent: ``part`` is the recording's memory up to METRICS.
 
-    Reading is validated by sequence numbers: a slot that is being written is passed over for the other one.
+    Reading is validated by sequence numbers: a slot that is being written is passed over for the other one. A slot
+    counts if its number still stands after its body was read; where ``part`` is a copy of a recording that is being
+    written, ``again`` is a second copy, taken afterwards, to compare the numbers with.
     """
 
-    def __init__(self, part: Any) -> None:
+    def __init__(self, part: Any, again: Any = None) -> None:
         self._bytes = memoryview(part)
         self._words = self._bytes.cast("Q")
+        self._later = self._words if again is None else memoryview(again).cast("Q")
         self._next_mark = 0
         self._names: list[str] = [""]
         self.overrun = 0
@@ -30,6 +33,7 @@ class MarkReader:
 
     def close(self) -> None:
         """Release the views, so that the map can be closed."""
+        self._later.release()
         self._words.release()
         self._bytes.release()
 
@@ -73,7 +77,7 @@ class MarkReader:
             if set_ns == 0:
                 return
             # 0: it is being set, or was when the process was killed
-            if turn != 0 and self._words[line] == turn:
+            if turn != 0 and self._later[line] == turn:
                 yield self.name(name), value
             line += layout.LINE // 8
 
@@ -88,14 +92,15 @@ class MarkReader:
     def _now(self) -> tuple[int, int]:
         line = layout.NOW // 8
         for _ in range(8):
-            turns = self._words[line], self._words[line + 8]
-            at = line if turns[0] > turns[1] else line + 8
-            body = bytes(self._bytes[at * 8 + 8 : at * 8 + 8 + layout.NOW_BODY.size])
-            if max(turns) == 0:
+            turns = {self._words[line]: line, self._words[line + 8]: line + 8}
+            for turn in sorted(turns, reverse=True):
+                at = turns[turn]
+                body = bytes(self._bytes[at * 8 + 8 : at * 8 + 8 + layout.NOW_BODY.size])
+                if turn != 0 and self._later[at] == turn:
+                    step, epoch = layout.NOW_BODY.unpack(body)
+                    return step, epoch
+            if not any(turns):
                 break
-            if self._words[at] == max(turns):
-                step, epoch = layout.NOW_BODY.unpack(body)
-                return step, epoch
         return -1, -1
 
     def _mark(self, number: int) -> Mark | None:
@@ -104,4 +109,4 @@ class MarkReader:
         if self._words[at // 8] != number:
             return None
         body = bytes(self._bytes[at + 8 : at + layout.LINE])
-        return Mark(body) if self._words[at // 8] == number else None
+        return Mark(body) if self._later[at // 8] == number else None

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+TRIES = 3
+"""How often windows that are not found are looked for: they may have moved, or be damaged."""
+
 AHEAD = 16
 """Windows that are held in memory while the history is read: so many may be written meanwhile."""
 
@@ -100,11 +103,15 @@ class RecordingReader:
 
     def marks(self) -> list[Mark]:
         """The newest marks of the trainer, oldest first: at most 512, of phases, epochs and what it named."""
-        return MarkReader(self._read(0, layout.METRICS)).drain()
+        return self._marks(layout.METRICS).drain()
 
     def place(self) -> Place:
         """Step, epoch and open phases as the trainer marked them last."""
-        return MarkReader(self._read(0, layout.NAMES)).place()
+        return self._marks(layout.NAMES).place()
+
+    def _marks(self, size: int) -> MarkReader:
+        part = self._read(0, size)
+        return MarkReader(part, self._read(0, size))
 
     # -- windows ----------------------------------------------------------------------------------------------------
 
@@ -121,39 +128,45 @@ class RecordingReader:
         should one that was given already be merged with one that was not yet, the merged row is given.
         """
         self.metrics()
-        done, missing, moved = since - 1, -1, False
+        ring = self.layout.ring
+        done, tries = since - 1, 0
         while True:
             newest = self._newest_number()
-            # who follows the recording finds all that is new in the ring, and need not look through the history
-            first = max(done + 1, newest - self.layout.ring + 1, 0)
+            first = max(done + 1, newest - ring + 1, 0)
             index, ahead = [], {}
-            if moved or done < newest - self.layout.ring:
+            # who follows the recording finds all that is new in the ring, and need not look through the history
+            if tries or done < newest - ring:
                 # read now what will move into the history while that is read
                 ahead = {number: self.window(number) for number in range(first, min(first + AHEAD, newest + 1))}
                 index = self._history_index(done + 1)
-            moved = False
+            patient = tries < TRIES
+            start, moved = done, False
             for span, offset in index:
                 row = self._row(offset)
-                moved = row is None or (row.first, row.last) != span
-                if row is None or moved:
+                same = row is not None and (row.first, row.last) == span
+                moved = patient and (not same or span[0] > done + 1)
+                if moved:
                     break
-                yield row
-                done = row.last
-            if moved:
-                continue
-            for number in range(max(done + 1, first), newest + 1):
+                if row is not None and same:
+                    yield row
+                    done = row.last
+            moved = moved or (patient and done + 1 < first)
+            for number in () if moved else range(max(done + 1, first), newest + 1):
                 row = ahead.pop(number, None) or self.window(number)
                 if row is not None:
                     yield row
                     done = number
-                elif number != missing and number <= self._newest_number() - self.layout.ring + 1:
-                    missing, moved = number, True
+                elif patient and number <= self._newest_number() - ring + 1:
+                    moved = True
                     break
             if not moved:
                 return
+            tries = 1 if done > start else tries + 1
 
     def _row(self, offset: int) -> Row | None:
-        page = self._read(offset, layout.PAGE)
+        return self._unpack(self._read(offset, layout.PAGE))
+
+    def _unpack(self, page: bytes) -> Row | None:
         row = layout.unpack_row(page, self._metrics or self.metrics())
         if row is not None and len(row.cells) < layout.row_cells(page):
             # metrics that came after the names were read
@@ -191,7 +204,7 @@ class RecordingReader:
         found: dict[str, Row] = {}
         for slot in range(layout.PHASE_COUNT):
             pages = [self._read(Layout.phase_offset(slot, turn), layout.PAGE) for turn in (0, 1)]
-            even, odd = (layout.unpack_row(page, self._metrics) for page in pages)
+            even, odd = (self._unpack(page) for page in pages)
             newest = odd if even is None else even
             if even is not None and odd is not None:
                 # written in turn, so that the later one is one ahead

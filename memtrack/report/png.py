@@ -33,9 +33,6 @@ LIMIT_IN_SIGHT = 3.0
 LABEL_WIDTH = 0.012
 """Width of a character of a phase's name, as a share of the time axis."""
 
-MAX_DOTS = 300
-"""Up to so many windows, single readings are marked."""
-
 MIN_GAP = 0.004
 """The shortest pause between two phases of the same name that is shown, as a share of the time axis."""
 
@@ -97,13 +94,10 @@ def _draw_memory(axes: Axes, report: Report, clock: Scale, seconds: float) -> No
         if name in report.series:
             is_process = name == metrics.RSS
             axes.plot(
-                *_line(report.series[name], clock, scale),
+                *_line(report.series[name], clock, scale, estimates=name == metrics.TREE_PSS),
                 color=colour,
                 linewidth=1.8 if is_process else 1.3,
                 linestyle="-" if is_process else "--" if name == metrics.TREE_PSS else ":",
-                # PSS is read seldom: the dots are when
-                marker="." if name == metrics.TREE_PSS and len(report.series[name].count) < MAX_DOTS else "",
-                markevery=slice(1, -1),
                 label=label,
             )
     if limit_mib is not None and limit_in_sight:
@@ -260,9 +254,12 @@ def _scaled(values: array[float], scale: Scale) -> list[float]:
     return [value / scale.divisor for value in (*values, values[-1])]
 
 
-def _line(series: Series, clock: Scale, scale: Scale) -> tuple[list[float], list[float]]:
-    """The means, in the middle of the windows that have samples, drawn out to the first and last edge."""
-    sampled = [index for index, count in enumerate(series.count) if count] or [0]
+def _line(series: Series, clock: Scale, scale: Scale, *, estimates: bool = False) -> tuple[list[float], list[float]]:
+    """The means, in the middle of the windows that have samples, drawn out to the first and last edge.
+
+    Values that were only held over are left out, as they would make stairs; estimates are not.
+    """
+    sampled = [index for index, count in enumerate(series.count) if count or estimates] or [0]
     middles = [(series.start_s[index] + series.end_s[index]) / 2 for index in sampled]
     times = [series.start_s[0], *middles, series.end_s[-1]]
     means = [series.mean[index] for index in (sampled[0], *sampled, sampled[-1])]

@@ -23,8 +23,9 @@ BATCH_WINDOWS = 64
 BACKOFF_S = (1.0, 10.0)
 """First and longest pause after a failure. The longest is the default time between two flushes: a tracker that is
 back has what is new within seconds, and one that is down is asked no more often than one that is up."""
-PATIENCE_S = 2.0
-"""The most that the end of one feed is waited for, over all the calls that wait for it."""
+PATIENCE_S = 1.6
+"""The most that the end of one feed is waited for, over all the calls that wait for it. With what the agent takes to
+stop, an exit is delayed by less than 2 s."""
 CUT_TIMEOUT_S = 1.0
 
 
@@ -33,6 +34,7 @@ class Feed:
 
     def __init__(self, sink: Sink, start_ns: int, first: int) -> None:
         self.sink = sink
+        self.key = sink.key
         self.start_ns = start_ns
         self.end_ns: int | None = None
         self.cut = 0
@@ -159,7 +161,7 @@ class Relay:
             with self._lock:
                 self._feeds = [feed for feed in self._feeds if not feed.done.is_set()]
         for feed in self._feeds:
-            feed.sink.close()
+            _close(feed)
 
     def _pause_s(self) -> float:
         now = monotonic()
@@ -196,17 +198,17 @@ class Relay:
                 feed.sink.write(Batch(mine, self._metrics))
             except RejectedError as exc:
                 feed.dropped += len(mine)
-                warn_once(f"rejected {feed.sink.key}", f"{feed.sink.key} refused {len(mine)} windows: {exc}.")
+                warn_once(f"rejected {feed.key}", f"{feed.key} refused {len(mine)} windows: {exc}.")
         feed.next = rows[-1].last + 1
-        self._cursors.put(feed.sink.key, feed.next)
+        self._cursors.put(feed.key, feed.next)
 
     def _finish(self, feed: Feed) -> None:
         figures = self._figures(feed.start_ns, feed.end_ns)
         try:
             feed.sink.finish(figures._replace(dropped=figures.dropped + feed.dropped))
         except RejectedError as exc:
-            warn_once(f"rejected {feed.sink.key}", f"{feed.sink.key} refused the final figures: {exc}.")
-        feed.sink.close()
+            warn_once(f"rejected {feed.key}", f"{feed.key} refused the final figures: {exc}.")
+        _close(feed)
         feed.done.set()
 
     def _await_cut(self, feed: Feed) -> None:
@@ -221,6 +223,13 @@ class Relay:
             wait_s = max(wait_s, exc.retry_after_s)
         feed.retry_at = monotonic() + wait_s
         warn_once(
-            f"failing {feed.sink.key}",
-            f"{feed.sink.key} does not take its windows ({type(exc).__name__}: {exc}). They wait in the recording.",
+            f"failing {feed.key}",
+            f"{feed.key} does not take its windows ({type(exc).__name__}: {exc}). They wait in the recording.",
         )
+
+
+def _close(feed: Feed) -> None:
+    try:
+        feed.sink.close()
+    except Exception as exc:  # a sink should not, but it is not the training's fault
+        warn_once(f"closing {feed.key}", f"{feed.key} could not be closed ({type(exc).__name__}: {exc}).")

@@ -5,8 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +19,8 @@ from memtrack.errors import MonitorError
 from memtrack.monitor import active
 from memtrack.recording.reader import RecordingReader
 from memtrack.testing import RecordingSink
+
+ROOT = Path(memtrack.__file__).parents[1]
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 
@@ -169,15 +174,16 @@ def test_workers_of_multiprocessing(method, tools):
     with memtrack.start(interval=0.2) as monitor, RecordingReader(monitor.path) as reader:
         assert monitor.wait_ready()
         inbox, outbox = context.Queue(), context.Queue()
-        workers = [context.Process(target=_work, args=(inbox, outbox)) for _ in range(2)]
+        workers = [context.Process(target=_work, args=(inbox, outbox), daemon=True) for _ in range(2)]
         for worker in workers:
             worker.start()
         pids = {outbox.get(timeout=30) for _ in workers}
         assert len(pids) == 2
 
         def large():
-            *_, row = reader.windows()
-            found = {name: cell.last for name, cell in row.cells.items() if name.startswith("memory/worker/")}
+            rows = list(reader.windows())
+            cells = rows[-1].cells if rows else {}
+            found = {name: cell.last for name, cell in cells.items() if name.startswith("memory/worker/")}
             return found if len([mib for mib in found.values() if mib > 30]) >= 2 else None
 
         found = tools.wait_until(large, 15.0, 0.1)
@@ -195,12 +201,12 @@ def test_workers_of_multiprocessing(method, tools):
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_worker_that_runs_the_main_script_again(tmp_path, run_child, method):
+def test_worker_that_runs_the_main_script_again(tmp_path, method):
     """A script that calls autolog() without a guard, and has workers, is monitored once."""
     script = tmp_path / "train.py"
     script.write_text(f"""
 import sys
-sys.path[:0] = {[str(path) for path in (memtrack.__path__[0] + "/..",)]!r}
+sys.path.insert(0, {str(ROOT)!r})
 import multiprocessing
 import memtrack
 
@@ -216,9 +222,6 @@ if __name__ == "__main__":
         print(pool.map(work, range(4)))
     print(type(monitor).__name__)
 """)
-    import subprocess
-    import sys
-
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     there = "Monitor" if method == "fork" else "DisabledMonitor"

@@ -7,6 +7,7 @@ import os
 import pytest
 
 from memtrack import collectors, metrics
+from memtrack.collectors import tree as tree_module
 from memtrack.collectors.tree import MAX_PROCESSES, RELIST_TICKS, WORKERS, PssCollector, TreeCollector
 from memtrack.testing import FakeProc
 
@@ -120,13 +121,15 @@ def test_pid_that_was_reused(proc):
     assert (found[metrics.TREE_RSS_SUM], found[metrics.TREE_PROCESSES]) == (400.0, 1.0)
 
 
-def test_number_of_processes_is_bounded(proc):
+def test_number_of_processes_is_bounded(proc, monkeypatch):
     """A fork bomb does not make the agent hold more than so many descriptors."""
+    assert MAX_PROCESSES <= 512
+    monkeypatch.setattr(tree_module, "MAX_PROCESSES", 40)
     before = len(os.listdir("/proc/self/fd"))
-    for pid in range(5000, 5000 + MAX_PROCESSES + 50):
+    for pid in range(5000, 5060):
         proc.add(pid, parent=PID, rss_mib=1.0)
     tree = TreeCollector(PID, proc=proc.path)
-    assert look(tree)[metrics.TREE_PROCESSES] == MAX_PROCESSES
+    assert look(tree)[metrics.TREE_PROCESSES] == 40
     tree.close()
     assert len(os.listdir("/proc/self/fd")) == before
 
