@@ -112,6 +112,7 @@ def test_without_the_extra(path, method):
     code = f"""
 import sys
 sys.path.insert(0, {str(root)!r})
+sys.modules.update(numpy=None, pandas=None, pyarrow=None)
 import memtrack
 from memtrack.errors import MissingDependencyError
 recording = memtrack.open_recording({path!r})
