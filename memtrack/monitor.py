@@ -122,7 +122,7 @@ class Monitor:
     def flush(self, timeout_s: float = EXIT_TIMEOUT_S) -> bool:
         """Finish the current window and deliver everything. Returns whether every sink had it within ``timeout_s``."""
         if self._stopped or self._foreign():
-            return all(attached._feed.done.is_set() for attached in self._attached)
+            return all(attached.done for attached in self._attached)
         deadline = time.monotonic() + timeout_s
         self._await_cut(self._request_cut(), timeout_s)
         return self._relay is None or self._relay.flush(max(deadline - time.monotonic(), 0.0))
