@@ -78,7 +78,7 @@ def check_marks(path):
 
 
 def check_windows(path, died_ns):
-    """The windows are whole and follow each other. Returns how old the newest sample was at death, in seconds."""
+    """The windows are whole and follow each other. Returns the ages of the last sample and window, in seconds."""
     with memtrack.open_recording(path) as recording:
         rows = list(recording.windows())
         for before, after in itertools.pairwise(rows):
@@ -91,8 +91,10 @@ def check_windows(path, died_ns):
                 assert cell.min <= cell.last <= cell.max
         recording.phases()
         recording.events()
-        newest_ns = max([row.end_ns for row in rows], default=0)
-        return (died_ns - max(newest_ns, recording.pulse().mono_ns)) / 1e9
+        started_ns = recording.events()[0].time_ns
+        # an agent that outlives the trainer finishes one more window after the death, which does not count
+        newest_ns = max([row.end_ns for row in rows if row.end_ns <= died_ns], default=started_ns)
+        return (died_ns - recording.pulse().mono_ns) / 1e9, (died_ns - newest_ns) / 1e9
 
 
 @pytest.mark.timeout(180)
@@ -121,10 +123,12 @@ def test_kill_at_random_moments(tmp_path, agent_too):
                 wait_for_end(path)
             ages.append(check_windows(path, died_ns))
             os.unlink(path)
-    ages.sort()
-    # in the calm the agent looks every 0.2 s; between two looks nothing newer can be there
-    allowed_s = 0.2 if agent_too else INTERVAL_S
-    assert ages[int(0.95 * len(ages))] <= allowed_s, ages[-20:]
+    samples, windows = (sorted(age) for age in zip(*ages, strict=True))
+    for what, found in (("sample", samples), ("window", windows)):
+        print(f"age of the last {what} at death: median {found[len(found) // 2]:.3f} s, largest {found[-1]:.3f} s")
+    assert samples[int(0.95 * len(samples))] <= INTERVAL_S, samples[-20:]
+    # an interval, and half of one for a tick that a loaded machine makes late
+    assert windows[int(0.95 * len(windows))] <= 1.5 * INTERVAL_S, windows[-20:]
 
 
 def wait_for_end(path):

@@ -127,4 +127,5 @@ def test_spawned_workers(run_child, tools):
 
         cells = tools.wait_until(alone, 20.0, 0.2).cells
     assert cells[metrics.TREE_RSS_SUM].last < 40
+    assert cells[metrics.TREE_PSS].last < 40, "the estimate lets go of processes that are gone"
     assert not [name for name, cell in cells.items() if name.startswith("memory/worker/") and cell.count]
