@@ -33,6 +33,10 @@ def start(
     metrics: str | Iterable[str] | None = None,
     cpu_budget: float | None = None,
     tick: Duration | None = None,
+    stacks: str | None = None,
+    end_run: bool | None = None,
+    keep: int | None = None,
+    keep_days: float | None = None,
 ) -> Monitor:
     """Monitor this process until ``stop()``, the end of the ``with`` block, or the end of the process.
 
@@ -47,6 +51,11 @@ def start(
         metrics: Which series the trackers get: ``"default"``, ``"all"``, or names and prefixes of names.
         cpu_budget: Share of one core that the agent may take, in percent. Default 0.2.
         tick: Time between two samples while memory moves. Default 0.1 s.
+        stacks: Whose Python stack is taken at new peaks and when the limit is near: ``"main"`` (the thread that the
+            kernel signals, nearly always the main one), ``"all"`` threads, or ``"off"``. Default ``"main"``.
+        end_run: Whether a tracker's run that is still running when this process has died is ended, as failed or killed.
+            Default True.
+        keep, keep_days: How many finished, delivered recordings stay in the folder, and for how long. Default 20 and 30.
 
     Raises:
         SettingsError: An argument or a ``MEMTRACK_*`` variable is wrong, or there is no such sink.
@@ -68,6 +77,10 @@ def start(
             "metrics": metrics,
             "cpu_budget": cpu_budget,
             "tick": tick,
+            "stacks": stacks,
+            "end_run": end_run,
+            "keep": keep,
+            "keep_days": keep_days,
         }
     )
     if settings.disable:

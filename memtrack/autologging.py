@@ -34,6 +34,10 @@ def autolog(
     metrics: str | Iterable[str] | None = None,
     cpu_budget: float | None = None,
     tick: Duration | None = None,
+    stacks: str | None = None,
+    end_run: bool | None = None,
+    keep: int | None = None,
+    keep_days: float | None = None,
     disable: bool = False,
 ) -> Monitor:
     """Monitor this process from now on, and send the charts to each run that MLflow starts, until that run ends.
@@ -44,7 +48,8 @@ def autolog(
     Args:
         trackers: Which trackers to follow; default all that are there. One that is named must be installed.
         disable: Take it all back: the trackers' functions are the originals again, the monitor is stopped.
-        interval, flush_interval, recording_size, directory, metrics, cpu_budget, tick: see :func:`memtrack.start`.
+        interval, flush_interval, recording_size, directory, metrics, cpu_budget, tick, stacks, end_run, keep,
+            keep_days: see :func:`memtrack.start`.
 
     Raises:
         SettingsError, MissingDependencyError, RecordingError, AgentError: as :func:`memtrack.start`.
@@ -62,6 +67,10 @@ def autolog(
             "metrics": metrics,
             "cpu_budget": cpu_budget,
             "tick": tick,
+            "stacks": stacks,
+            "end_run": end_run,
+            "keep": keep,
+            "keep_days": keep_days,
             "disable": disable or None,
         }
     )

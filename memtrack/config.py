@@ -42,6 +42,15 @@ class Settings(NamedTuple):
     tick_s: float = 0.1
     """Time between two samples while memory moves, in seconds; the agent looks up to five times as often when it moves
     fast or the limit is near, and less often when nothing moves."""
+    stacks: str = "main"
+    """Whose Python stack is taken at a new peak and when the limit is near: that of the thread which the kernel gives
+    the signal to, nearly always the ``"main"`` one; of ``"all"`` threads; or ``"off"``."""
+    end_run: bool = True
+    """Whether a tracker's run that is still running when its process has died is ended, as failed or killed."""
+    keep: int = 20
+    """How many finished, delivered recordings stay in the folder."""
+    keep_days: float = 30.0
+    """How long they stay at the most."""
     disable: bool = False
     """Make every function of memtrack a no-op."""
 
@@ -54,6 +63,10 @@ _ARGUMENTS = {
     "metrics": "metrics",
     "cpu_budget": "cpu_budget_pct",
     "tick": "tick_s",
+    "stacks": "stacks",
+    "end_run": "end_run",
+    "keep": "keep",
+    "keep_days": "keep_days",
     "disable": "disable",
 }
 _VARIABLES = {f"MEMTRACK_{argument.upper()}": argument for argument in _ARGUMENTS} | {"MEMTRACK_DIR": "directory"}
@@ -117,8 +130,17 @@ def _parse(name: str, argument: str, value: object) -> object:
         return share
     if argument == "metrics":
         return _metrics(name, value)
-    if argument == "disable":
+    if argument in ("disable", "end_run"):
         return value if isinstance(value, bool) else str(value).lower() not in ("0", "false", "no", "off")
+    if argument == "stacks":
+        known = {"True": "main", "False": "off"}.get(str(value), value)
+        if known not in ("main", "all", "off"):
+            raise SettingsError(name, value, "give 'main', 'all' or 'off'")
+        return known
+    if argument == "keep":
+        return int(_number(name, value, "a number of recordings, at least 1"))
+    if argument == "keep_days":
+        return _number(name, value, "a number of days such as 30")
     try:
         return os.fsdecode(value)  # type: ignore[arg-type]
     except TypeError:
@@ -172,7 +194,7 @@ def _number(name: str, value: object, wanted: str, *, shown: object = None) -> f
 def _text(value: object) -> str:
     if isinstance(value, tuple):
         return ",".join(value)
-    return "1" if value is True else str(value)
+    return str(int(value)) if isinstance(value, bool) else str(value)
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -19,6 +19,7 @@ from memtrack.recording.reader import RecordingReader
 from memtrack.recording.writer import create
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
 
     from memtrack.analysis.summary import Summary
@@ -102,7 +103,7 @@ class Monitor:
         self._marks.wake = self._agent.wake
         if self._own:
             active.monitor, active.marks = self, self._marks
-            atexit.register(self.stop)
+            atexit.register(self._at_exit)
 
     def __repr__(self) -> str:
         return f"<memtrack.Monitor of process {self._pid}, {'stopped' if self._stopped else 'running'}, {self.path}>"
@@ -138,6 +139,13 @@ class Monitor:
 
     def stop(self) -> None:
         """Deliver what is left, end the agent, close the recording. Takes 2 s at the most; never raises."""
+        self._end_monitoring(self._stop_agent)
+
+    def _at_exit(self) -> None:
+        """The interpreter ends. The agent stays for the little while until the process has, to see how."""
+        self._end_monitoring(lambda _: self._marks.say_farewell(_farewell()))
+
+    def _end_monitoring(self, part: Callable[[float], None]) -> None:
         if self._stopped:
             return
         self._stopped = True
@@ -149,16 +157,20 @@ class Monitor:
                 attached.detach(max(deadline - AGENT_TIMEOUT_S - time.monotonic(), 0.0))
             if self._own:
                 active.monitor = active.marks = None
-                atexit.unregister(self.stop)
-            self._marks.request_stop()
-            self._agent.wake()
-            self._await_state(min(deadline, time.monotonic() + 1.0))
+                atexit.unregister(self._at_exit)
             if self._relay is not None:
-                self._relay.close(max(deadline - time.monotonic(), 0.0))
+                # before the agent goes: what is undelivered then is its to deliver
+                self._relay.close(max(deadline - AGENT_TIMEOUT_S - time.monotonic(), 0.0))
+            part(deadline)
         except Exception as exc:
             warn_once("stop", f"memtrack could not stop in order ({type(exc).__name__}: {exc}).")
         self._agent.close()
         self._reader.close()
+
+    def _stop_agent(self, deadline: float) -> None:
+        self._marks.request_stop()
+        self._agent.wake()
+        self._await_state(min(deadline, time.monotonic() + 1.0))
 
     def wait_ready(self, timeout_s: float = 5.0) -> bool:
         """Wait until the agent samples; there is no need to, except in tests. Returns whether it does."""
@@ -193,6 +205,9 @@ class Monitor:
             "interval_s": repr(self.settings.interval_s),
             "tick_s": repr(self.settings.tick_s),
             "cpu_budget_pct": repr(self.settings.cpu_budget_pct),
+            "end_run": str(int(self.settings.end_run)),
+            "keep": str(self.settings.keep),
+            "keep_days": repr(self.settings.keep_days),
         }
         for attempt in range(100):
             path = os.path.join(folder, f"{name}{f'-{attempt}' if attempt else ''}.mtk")
@@ -259,6 +274,21 @@ class Monitor:
             if self._reader.head().state in (layout.STOPPED, layout.ENDED):
                 return
             time.sleep(0.002)
+
+
+def _farewell() -> dict[str, str]:
+    """What Python knows of how it ends. No message of an exception: it may hold anything."""
+    kind = getattr(sys, "last_type", None)
+    if kind is None or hasattr(sys, "ps1"):
+        return {"how": "exit"}
+    fields = {"how": "exception", "type": kind.__qualname__, "module": kind.__module__}
+    trace = getattr(sys, "last_traceback", None)
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is not None:
+        code = trace.tb_frame.f_code
+        fields["where"] = f"{code.co_filename}:{trace.tb_lineno} {code.co_name}"
+    return fields
 
 
 def _start_ticks(pid: int) -> int:

@@ -1,4 +1,4 @@
-"""Entry of the agent: ``python -I -S .../memtrack/agent/__main__.py RECORDING``, with an eventfd or pipe as stdin.
+"""Entry of the agent: ``python -I -S .../memtrack/agent/__main__.py RECORDING``; ``launch.spawn`` starts it.
 
 ``-I -S`` keeps site-packages, user configuration and whatever they import out of the process: it starts in some 15 ms
 and stays small. That leaves memtrack's own folder to be added here, at the end, where it cannot shadow anything.
@@ -16,7 +16,7 @@ def _detach() -> None:
         os._exit(0)
     os.setsid()
     # descriptors that the training process left inheritable (sockets, devices) are not ours to keep open
-    os.closerange(3, 1 << 20)
+    os.closerange(4, 1 << 20)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,9 @@ import sys
 from time import monotonic_ns, process_time_ns, time_ns
 
 from memtrack import collectors, metrics
+from memtrack.agent import aftermath
+from memtrack.agent.stacks import StackWatch
+from memtrack.agent.witness import Witness
 from memtrack.collectors.own import GaugeCollector, OwnCollector
 from memtrack.collectors.procfs import start_ticks
 from memtrack.recording import layout
@@ -23,7 +26,8 @@ if TYPE_CHECKING:
     from memtrack.recording.layout import Mark
     from memtrack.sampling.window import Row
 
-WAKE_FD = 0
+WAKE_FD, HANDOVER_FD, DUMP_FD = 0, 1, 3
+"""Descriptors that the agent is started with, see ``launch.spawn``."""
 LIMIT_NEAR_PCT = 5.0
 _NAN = float("nan")
 
@@ -40,6 +44,8 @@ class Agent:
         self._marks = self._writer.marks
         self._wake_fd = wake_fd
         self._pid_fd = self._open_pid()
+        self._stacks = StackWatch(self._writer, self._pid, self._pid_fd, int(fields.get("stack_signal", "0")), DUMP_FD)
+        self._witness = Witness(self._pid, self._pid_fd, monotonic_ns())
         own = OwnCollector(process_time_ns, self._counters)
         now_ns = monotonic_ns()
         self._budget = Budget(float(fields["cpu_budget_pct"]) / 100.0, now_ns, 0)
@@ -96,6 +102,8 @@ class Agent:
             latest.get(metrics.CONTAINER_USAGE, _NAN),
             latest.get(metrics.CONTAINER_HEADROOM, _NAN),
         )
+        self._witness.note(now_ns, latest)
+        self._stacks.look(now_ns, latest, self._marks.place())
         if self._budget.exhausted != self._quiet:
             self._quiet = self._budget.exhausted
             self._writer.set_quiet(self._quiet)
@@ -120,9 +128,15 @@ class Agent:
     def _finish(self, state: int) -> None:
         if state == STOPPED:
             self._tick()
-        now_ns = monotonic_ns()
-        self._sampler.finish(now_ns, time_ns())
-        self._writer.event("stop" if state == STOPPED else "exit", now_ns, self._marks.place().step)
+        self._stacks.finish()
+        now_ns, wall_ns, place = monotonic_ns(), time_ns(), self._marks.place()
+        self._sampler.finish(now_ns, wall_ns)
+        if state == ENDED:
+            verdict = self._witness.verdict(wall_ns, place, self._marks.name(place.phase), self._marks.farewell())
+            self._writer.put_verdict(verdict)
+            self._writer.event("exit", now_ns, place.step, text=verdict.text)
+        else:
+            self._writer.event("stop", now_ns, place.step)
         self._head.state = state
         self._head.cut = self._marks.control(layout.CUT)
         self._publish()
@@ -219,6 +233,7 @@ def main(path: str) -> int:
     gc.disable()
     try:
         Agent(path).run()
+        aftermath.deliver(path)
     except Exception as exc:
         try:
             _note_error(path, f"{type(exc).__name__}: {exc}")

@@ -10,27 +10,33 @@ A recording is one file of a fixed size, allocated up front. All numbers are lit
                                              :class:`Head`; behind them two lines with the last sample, written at
                                              each tick, see :class:`Pulse`; and a word that is not 0 while the agent
                                              does not want to be woken for phases
+    6 Ki         the trainer                 its farewell: what Python knows of the end of the process, 1 Ki
     8 Ki         the trainer                 control words, two "now" slots, 61 gauges: lines of 64 bytes
     12 Ki        the trainer                 ring of 512 marks, 64 bytes each: phases, epochs, named marks
     44 Ki        the trainer                 256 names of 64 bytes: phases, marks, gauges
     60 Ki        the agent                   256 names of 64 bytes: metrics
     76 Ki        the agent                   ring of 512 events, 128 bytes each
-    140 Ki       whoever delivers            cursors of 32 sinks: two alternating lines of 64 bytes each
-    144 Ki       the agent                   rows of 32 phases (the first: of everything), two alternating pages each
-    400 Ki       the agent                   windows: one page each. The first half is a ring of the newest windows,
+    140 Ki       whoever delivers            32 feeds: which sink gets which part, and how far it has got; two
+                                             alternating records of 512 bytes each
+    172 Ki       the agent, or who delivers  the verdict: two alternating pages
+    180 Ki       the agent                   stacks of the training process at peaks: 8 pages
+    212 Ki       the agent                   rows of 32 phases (the first: of everything), two alternating pages each
+    468 Ki       the agent                   windows: one page each. The first half is a ring of the newest windows,
                                              addressed by number; the second half holds merged history
     ===========  ==========================  =====================================================================
 
 Who writes what never overlaps, so nothing is locked. Three rules keep every part readable after ``kill -9`` at any
 instruction, and while it is written:
 
-- *Slots* (head, now, cursors, phase rows) come in pairs that are written in turn, so that the last complete one stands
-  while the next is written. The newest valid one counts.
+- *Slots* (head, now, feeds, verdict, phase rows) come in pairs that are written in turn, so that the last complete one
+  stands while the next is written. The newest valid one counts.
 - A slot or line in mapped memory is ``sequence word | body``. The writer sets the word to 0, copies the body
   with one slice assignment, and sets the word to the slot's number. ``struct.pack_into`` is never used on a map: it
   clears the target first.
 - Whatever is written with ``pwrite`` carries a crc32 and lies within one page. A page of windows is only overwritten
   once its content stands merged on another page; where two pages tell of the same window, the merged one counts.
+
+``records.py`` has what is not written for every window: events, feeds, stacks, the verdict.
 """
 
 from __future__ import annotations
@@ -50,6 +56,8 @@ HEAD = 4096
 HEAD_SLOT = 512
 PULSE = HEAD + 2 * HEAD_SLOT
 QUIET = PULSE + 2 * LINE
+FAREWELL = 6 * 1024
+FAREWELL_SIZE = 1024
 CONTROL = 8192
 NOW = CONTROL + LINE
 GAUGES = CONTROL + 3 * LINE
@@ -62,11 +70,15 @@ NAME_COUNT = 256
 EVENTS = 76 * 1024
 EVENT_SIZE = 128
 EVENT_COUNT = 512
-CURSORS = 140 * 1024
-CURSOR_COUNT = 32
-PHASES = 144 * 1024
+FEEDS = 140 * 1024
+FEED_SIZE = 512
+FEED_COUNT = 32
+VERDICT = 172 * 1024
+STACKS = 180 * 1024
+STACK_COUNT = 8
+PHASES = 212 * 1024
 PHASE_COUNT = 32
-WINDOWS = 400 * 1024
+WINDOWS = 468 * 1024
 
 MIN_SIZE = 1 << 20
 DEFAULT_SIZE = 4 << 20
@@ -75,7 +87,7 @@ MAX_CELLS = (PAGE - LINE) // LINE
 MAX_DEPTH = 8
 
 # control words, counted in 8 bytes from CONTROL
-CUT, STOP, MARKS_WRITTEN, NAMES_WRITTEN, MARKS_REFUSED = range(5)
+CUT, STOP, MARKS_WRITTEN, NAMES_WRITTEN, MARKS_REFUSED, EXITING = range(6)
 
 # states of the agent
 STARTING, RUNNING, STOPPED, ENDED = range(4)
@@ -310,48 +322,6 @@ def _cell(fields: tuple[float, ...]) -> Cell:
     return cell
 
 
-# -- events ---------------------------------------------------------------------------------------------------------
-
-_EVENT = struct.Struct("<IHHQqqd88s")
-
-
-class Event:
-    """Something that happened, with the number it has among all events of the recording."""
-
-    __slots__ = ("kind", "number", "step", "text", "time_ns", "value")
-
-    def __init__(self, number: int, kind: str, time_ns: int, step: int, value: float, text: str) -> None:
-        self.number = number
-        self.kind = kind
-        self.time_ns = time_ns
-        self.step = step
-        self.value = value
-        self.text = text
-
-    def __repr__(self) -> str:
-        return f"Event({self.number}, {self.kind!r}, step={self.step}, value={self.value:g}, {self.text!r})"
-
-
-EVENT_KINDS = ("", "start", "stop", "exit", "new_peak", "limit_near", "mark", "gap", "error", "limit_changed")
-
-
-def pack_event(event: Event) -> bytes:
-    """A record of 128 bytes with its crc."""
-    text = event.text.encode()[:88]
-    body = _EVENT.pack(
-        0, EVENT_KINDS.index(event.kind), len(text), event.number, event.time_ns, event.step, event.value, text
-    )[4:]
-    return crc32(body).to_bytes(4, "little") + body
-
-
-def unpack_event(record: bytes) -> Event | None:
-    """The event of a record; None if it is empty, torn or damaged."""
-    crc, kind, length, number, time_ns, step, value, text = _EVENT.unpack(record)
-    if crc == 0 or crc32(record[4:]) != crc or kind >= len(EVENT_KINDS):
-        return None
-    return Event(number, EVENT_KINDS[kind], time_ns, step, value, text[:length].decode(errors="replace"))
-
-
 # -- marks ----------------------------------------------------------------------------------------------------------
 
 MARK_BODY = struct.Struct("<BBHiqqd")
@@ -372,22 +342,3 @@ class Mark:
         self.time_ns: int = time_ns
         self.value: float = value
         self.place = Place(step, epoch, MARK_PATH.unpack_from(body, MARK_BODY.size)[: min(depth, MAX_DEPTH)])
-
-
-# -- cursors --------------------------------------------------------------------------------------------------------
-
-_CURSOR = struct.Struct("<IIQ40s")
-
-
-def pack_cursor(turn: int, delivered: int, name: str) -> bytes:
-    """A line of 64 bytes: crc, turn, number of the first window not yet delivered, and which sink it is."""
-    body = _CURSOR.pack(0, turn, delivered, name.encode()[-40:])[4:].ljust(LINE - 4, b"\0")
-    return crc32(body).to_bytes(4, "little") + body
-
-
-def unpack_cursor(line: bytes) -> tuple[int, int, str] | None:
-    """Turn, first window not delivered, and sink; None if the line is empty or torn."""
-    crc, turn, delivered, name = _CURSOR.unpack_from(line)
-    if crc == 0 or crc32(line[4:]) != crc:
-        return None
-    return turn, delivered, name.rstrip(b"\0").decode(errors="replace")

@@ -8,7 +8,7 @@ import threading
 from struct import Struct
 from time import monotonic_ns
 
-from memtrack.recording import layout
+from memtrack.recording import layout, records
 from memtrack.recording.layout import GAUGE_BODY, MARK_BODY, MARK_PATH, NOW_BODY
 
 TYPE_CHECKING = False
@@ -27,6 +27,7 @@ _NOW = [(at // 8, slice(at + 8, at + 8 + NOW_BODY.size)) for at in (layout.NOW, 
 """Index of the sequence word, and place of the body, of the two slots."""
 
 _CUT_WORD = layout.CONTROL // 8 + layout.CUT
+_EXITING_WORD = layout.CONTROL // 8 + layout.EXITING
 _QUIET_WORD = layout.QUIET // 8
 _STOP_WORD = layout.CONTROL // 8 + layout.STOP
 _WRITTEN_WORD = layout.CONTROL // 8 + layout.MARKS_WRITTEN
@@ -165,6 +166,12 @@ class MarkWriter:
     def request_stop(self) -> None:
         """Ask the agent to finish the recording and exit."""
         self._words[_STOP_WORD] = 1
+
+    def say_farewell(self, fields: dict[str, str]) -> None:
+        """Leave what Python knows of the end of the process, see ``records.pack_farewell``."""
+        record = records.pack_farewell(fields)
+        self._bytes[layout.FAREWELL : layout.FAREWELL + len(record)] = record
+        self._words[_EXITING_WORD] = 1
 
     def close(self) -> None:
         """Unmap. Later calls raise ValueError, so whoever hands out the writer takes it back first."""

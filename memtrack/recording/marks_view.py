@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from memtrack.recording import layout
 from memtrack.recording.layout import Mark
+from memtrack.recording.records import unpack_text
 from memtrack.sampling.window import Place
 
 TYPE_CHECKING = False
@@ -66,6 +67,11 @@ class MarkReader:
         self._next_mark = written
         found = (self._mark(number) for number in range(first + 1, written + 1))
         return [mark for mark in found if mark is not None]
+
+    def farewell(self) -> dict[str, str]:
+        """What Python knew of the end of the process; empty if it said nothing."""
+        found = unpack_text(bytes(self._bytes[layout.FAREWELL : layout.FAREWELL + layout.FAREWELL_SIZE]))
+        return {} if found is None else found[1]
 
     def gauges(self) -> Iterator[tuple[str, float]]:
         """Name and value of each gauge that was set."""

@@ -6,8 +6,9 @@ import os
 
 from memtrack.errors import RecordingError, RecordingFormatError
 from memtrack.recording import layout
-from memtrack.recording.layout import Event, Head, Layout, Mark, Pulse
+from memtrack.recording.layout import Head, Layout, Mark, Pulse
 from memtrack.recording.marks_view import MarkReader
+from memtrack.recording.records import Event, Feed, Stack, Verdict, newest_text, unpack_event, unpack_text
 from memtrack.sampling.window import Place, Row
 
 TYPE_CHECKING = False
@@ -96,9 +97,7 @@ class RecordingReader:
     def events(self) -> list[Event]:
         """The newest events, oldest first."""
         ring = self._read(layout.EVENTS, layout.EVENT_COUNT * layout.EVENT_SIZE)
-        found = (
-            layout.unpack_event(ring[at : at + layout.EVENT_SIZE]) for at in range(0, len(ring), layout.EVENT_SIZE)
-        )
+        found = (unpack_event(ring[at : at + layout.EVENT_SIZE]) for at in range(0, len(ring), layout.EVENT_SIZE))
         return sorted((event for event in found if event is not None), key=lambda event: event.number)
 
     def marks(self) -> list[Mark]:
@@ -213,19 +212,38 @@ class RecordingReader:
                 found[names[newest.first]] = newest
         return found
 
-    # -- cursors ----------------------------------------------------------------------------------------------------
+    # -- feeds, stacks, the end -------------------------------------------------------------------------------------
 
-    def cursors(self) -> dict[str, int]:
-        """The first window that each sink has not got yet."""
-        newest: dict[str, tuple[int, int]] = {}
-        table = self._read(layout.CURSORS, layout.CURSOR_COUNT * 2 * layout.LINE)
-        for at in range(0, len(table), layout.LINE):
-            cursor = layout.unpack_cursor(table[at : at + layout.LINE])
-            if cursor is not None:
-                turn, delivered, name = cursor
-                if name not in newest or newest[name][0] < turn:
-                    newest[name] = (turn, delivered)
-        return {name: delivered for name, (_, delivered) in newest.items()}
+    def feeds(self) -> list[Feed]:
+        """Every run of a tracker that gets a part of the recording, in the order in which they were added."""
+        table = self._read(layout.FEEDS, layout.FEED_COUNT * 2 * layout.FEED_SIZE)
+        found = []
+        for slot in range(layout.FEED_COUNT):
+            at = 2 * slot * layout.FEED_SIZE
+            records = (
+                Feed.unpack(table[at : at + layout.FEED_SIZE]),
+                Feed.unpack(table[at + layout.FEED_SIZE : at + 2 * layout.FEED_SIZE]),
+            )
+            whole = [record for record in records if record is not None]
+            if whole:
+                found.append(max(whole, key=lambda record: record[0])[1])
+        return found
+
+    def stacks(self) -> list[Stack]:
+        """Stacks of the training process that were taken at peaks, oldest first."""
+        pages = (self._read(layout.STACKS + slot * layout.PAGE, layout.PAGE) for slot in range(layout.STACK_COUNT))
+        found = [stack for stack in map(Stack.unpack, pages) if stack is not None]
+        return sorted(found, key=lambda stack: stack.number)
+
+    def verdict(self) -> Verdict | None:
+        """How the process ended; None while it runs, or if nobody was there to tell."""
+        newest = newest_text([self._read(layout.VERDICT + turn * layout.PAGE, layout.PAGE) for turn in (0, 1)])
+        return None if newest is None else Verdict.from_fields(newest[1])
+
+    def farewell(self) -> dict[str, str]:
+        """What Python knew of the end of the process, see ``records.pack_farewell``; empty if it said nothing."""
+        found = unpack_text(self._read(layout.FAREWELL, layout.FAREWELL_SIZE))
+        return {} if found is None else found[1]
 
     def _read(self, offset: int, size: int) -> bytes:
         return os.pread(self._fd, size, offset)

@@ -7,11 +7,13 @@ import os
 
 from memtrack.errors import RecordingError
 from memtrack.recording import layout
-from memtrack.recording.layout import Event, Head, Layout, pack_event, pack_header, pack_name, pack_row
+from memtrack.recording.layout import Head, Layout, pack_header, pack_name, pack_row
 from memtrack.recording.marks_view import MarkReader
+from memtrack.recording.records import Event, newest_text, pack_event
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from memtrack.recording.records import Stack, Verdict
     from memtrack.sampling.window import Row
 
 
@@ -44,6 +46,14 @@ def create(path: str, size: int, fields: dict[str, str]) -> None:
         ) from exc
     finally:
         os.close(fd)
+
+
+def put_verdict(fd: int, verdict: Verdict) -> None:
+    """Store a verdict in the recording behind ``fd``: on the page that is not the newest."""
+    pages = [os.pread(fd, layout.PAGE, layout.VERDICT + turn * layout.PAGE) for turn in (0, 1)]
+    newest = newest_text(pages)
+    turn = 1 if newest is None else newest[0] + 1
+    os.pwrite(fd, verdict.pack(turn), layout.VERDICT + (turn & 1) * layout.PAGE)
 
 
 class RecordingWriter:
@@ -128,6 +138,14 @@ class RecordingWriter:
         offset = layout.EVENTS + (self._events % layout.EVENT_COUNT) * layout.EVENT_SIZE
         os.pwrite(self._fd, pack_event(event), offset)
         self._events += 1
+
+    def put_stack(self, stack: Stack, slot: int) -> None:
+        """Store a stack in one of ``STACK_COUNT`` slots."""
+        os.pwrite(self._fd, stack.pack(), layout.STACKS + slot * layout.PAGE)
+
+    def put_verdict(self, verdict: Verdict) -> None:
+        """Store how the process ended."""
+        put_verdict(self._fd, verdict)
 
     def sync(self) -> None:
         """Put everything on the disk, for the end of a recording: the page cache outlives processes, not machines."""

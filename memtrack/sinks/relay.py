@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 from memtrack.errors import DeliveryError, RejectedError
 from memtrack.notices import warn_once
+from memtrack.recording import records
 from memtrack.recording.reader import RecordingReader
 from memtrack.sinks.base import Batch
-from memtrack.sinks.cursors import CursorWriter
+from memtrack.sinks.feeds import FeedWriter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -35,6 +36,8 @@ class Feed:
     def __init__(self, sink: Sink, start_ns: int, first: int) -> None:
         self.sink = sink
         self.key = sink.key
+        self.record = records.Feed(self.key, *_address(sink))
+        self.record.start_ns, self.record.next = start_ns, first
         self.start_ns = start_ns
         self.end_ns: int | None = None
         self.cut = 0
@@ -71,7 +74,7 @@ class Relay:
         figures: Callable[[int, int | None], RunFigures],
     ) -> None:
         self._reader = RecordingReader(path)
-        self._cursors = CursorWriter(path)
+        self._records = FeedWriter(path)
         self._flush_interval_s = flush_interval_s
         self._metrics = metrics
         self._figures = figures
@@ -142,7 +145,7 @@ class Relay:
             self._thread.join(timeout_s if idle else min(timeout_s, 0.1))
             if self._thread.is_alive():
                 return  # it hangs in a tracker's client; the process may exit, it is a daemon
-        self._cursors.close()
+        self._records.close()
         self._reader.close()
 
     # -- the thread -------------------------------------------------------------------------------------------------
@@ -200,7 +203,7 @@ class Relay:
                 feed.dropped += len(mine)
                 warn_once(f"rejected {feed.key}", f"{feed.key} refused {len(mine)} windows: {exc}.")
         feed.next = rows[-1].last + 1
-        self._cursors.put(feed.key, feed.next)
+        self._note(feed)
 
     def _finish(self, feed: Feed) -> None:
         figures = self._figures(feed.start_ns, feed.end_ns)
@@ -209,7 +212,14 @@ class Relay:
         except RejectedError as exc:
             warn_once(f"rejected {feed.key}", f"{feed.key} refused the final figures: {exc}.")
         _close(feed)
+        feed.record.done = True
+        self._note(feed)
         feed.done.set()
+
+    def _note(self, feed: Feed) -> None:
+        record = feed.record
+        record.next, record.end_ns, record.dropped = feed.next, feed.end_ns, feed.dropped
+        self._records.put(record)
 
     def _await_cut(self, feed: Feed) -> None:
         deadline = monotonic() + CUT_TIMEOUT_S
@@ -226,6 +236,12 @@ class Relay:
             f"failing {feed.key}",
             f"{feed.key} does not take its windows ({type(exc).__name__}: {exc}). They wait in the recording.",
         )
+
+
+def _address(sink: Sink) -> tuple[str, dict[str, str]]:
+    """Name and target of a sink, for who delivers after the process; empty for one that cannot be made again."""
+    target = getattr(sink, "target", None)
+    return getattr(sink, "name", ""), dict(target) if target else {}
 
 
 def _close(feed: Feed) -> None:

@@ -27,7 +27,7 @@ from memtrack.recording.reader import RecordingReader
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 with RecordingReader(sys.argv[1]) as reader:
     rows = sum(1 for _ in reader.windows())
-    reader.phases(), reader.events(), reader.cursors()
+    reader.phases(), reader.events(), reader.feeds()
 print(rows, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 

@@ -220,7 +220,7 @@ def test_sink_gets_every_window_once():
     assert len(numbers) >= 15
     assert (sink.closed, sink.figures.peak_rss_mib > 1) == (1, True)
     with memtrack.open_recording(monitor.path) as recording:
-        assert recording.cursors()["recording"] == numbers[-1] + 1
+        assert {feed.key: feed.next for feed in recording.feeds()}["recording"] == numbers[-1] + 1
         assert {point.name for point in sink.points} >= {metrics.RSS, metrics.peak_name(metrics.RSS)}
 
 

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memtrack.errors import RecordingFormatError
-from memtrack.recording import layout
-from memtrack.recording.layout import Event, Head, Layout, Mark, Pulse
+from memtrack.recording import layout, records
+from memtrack.recording.layout import Head, Layout, Mark, Pulse
+from memtrack.recording.records import Event
 from memtrack.sampling.window import Cell, Place, Row
 
 NAMES = [f"memory/test/m{number}_mib" for number in range(layout.NAME_COUNT)]
@@ -162,7 +163,7 @@ def test_names_round_trip(names):
     assert len(table) == layout.NAME_COUNT * layout.LINE
 
 
-# -- head, pulse, events, marks, cursors ----------------------------------------------------------------------------
+# -- head, pulse, events, marks, records ----------------------------------------------------------------------------
 
 
 @given(
@@ -191,34 +192,101 @@ def test_pulse():
     assert (pulse.mono_ns, pulse.rss_mib, pulse.usage_mib, pulse.headroom_pct) == (5, 1.0, 2.0, 3.0)
 
 
-@given(u64, st.sampled_from(layout.EVENT_KINDS[1:]), i64, i64, finite, st.text(max_size=100), st.data())
+@given(u64, st.sampled_from(records.EVENT_KINDS[1:]), i64, i64, finite, st.text(max_size=100), st.data())
 def test_event_round_trip_and_damage(number, kind, time_ns, step, value, text, data):
     """An event comes back, its text cut to what fits; with one flipped bit it does not count."""
     text = text.encode(errors="ignore").decode()
-    record = layout.pack_event(Event(number, kind, time_ns, step, value, text))
+    record = records.pack_event(Event(number, kind, time_ns, step, value, text))
     assert len(record) == layout.EVENT_SIZE
-    event = layout.unpack_event(record)
+    event = records.unpack_event(record)
     assert event is not None
     assert (event.number, event.kind, event.time_ns, event.step, event.value) == (number, kind, time_ns, step, value)
     assert text.startswith(event.text.rstrip("\ufffd"))
     damaged = bytearray(record)
     bit = data.draw(st.integers(0, len(record) * 8 - 1))
     damaged[bit // 8] ^= 1 << bit % 8
-    assert layout.unpack_event(bytes(damaged)) is None
-    assert layout.unpack_event(bytes(layout.EVENT_SIZE)) is None
+    assert records.unpack_event(bytes(damaged)) is None
+    assert records.unpack_event(bytes(layout.EVENT_SIZE)) is None
 
 
-@given(st.integers(0, 2**32 - 1), u64, st.text("abcdefghij:/-_0123456789", min_size=1, max_size=60), st.data())
-def test_cursor_round_trip_and_damage(turn, delivered, key, data):
-    """A cursor comes back with the end of its key; with one flipped bit it does not count."""
-    line = layout.pack_cursor(turn, delivered, key)
-    assert len(line) == layout.LINE
-    assert layout.unpack_cursor(line) == (turn, delivered, key[-40:])
-    damaged = bytearray(line)
-    bit = data.draw(st.integers(0, layout.LINE * 8 - 1))
+WORDS = st.text("abcdefghij:/-_0123456789 é", max_size=60)
+
+
+def fields_of(thing):
+    """The slots of a record, as a dictionary."""
+    return {name: getattr(thing, name) for name in thing.__slots__}
+
+
+@given(
+    st.integers(0, 2**32 - 1), u64, i64, st.none() | i64, u64, st.booleans(), WORDS.map(str.strip),
+    st.dictionaries(st.text("abc", min_size=1, max_size=4), st.text("xyz:/=", max_size=40), max_size=4), st.data(),
+)  # fmt: skip
+def test_feed_round_trip_and_damage(turn, delivered, start_ns, end_ns, dropped, done, key, target, data):
+    """A feed comes back; with one flipped bit it does not count."""
+    feed = records.Feed(key, "mlflow", target)
+    feed.next, feed.start_ns, feed.end_ns, feed.dropped, feed.done = delivered, start_ns, end_ns, dropped, done
+    record = feed.pack(turn)
+    assert len(record) == layout.FEED_SIZE
+    found = records.Feed.unpack(record)
+    assert found is not None
+    assert (found[0], fields_of(found[1])) == (turn, fields_of(feed))
+    damaged = bytearray(record.rstrip(b"\0"))
+    bit = data.draw(st.integers(0, len(damaged) * 8 - 1))
     damaged[bit // 8] ^= 1 << bit % 8
-    assert layout.unpack_cursor(bytes(damaged)) is None
-    assert layout.unpack_cursor(bytes(layout.LINE)) is None
+    assert records.Feed.unpack(bytes(damaged).ljust(layout.FEED_SIZE, b"\0")) is None
+    assert records.Feed.unpack(bytes(layout.FEED_SIZE)) is None
+
+
+def test_a_target_that_does_not_fit():
+    """What is too long is left out as a whole; the numbers are always there."""
+    feed = records.Feed("key", "mlflow", {"uri": "x" * 600, "run_id": "abc"})
+    feed.next = 7
+    found = records.Feed.unpack(feed.pack(1))
+    assert found is not None
+    assert (found[1].next, found[1].sink, found[1].target) == (7, "mlflow", {"run_id": "abc"})
+
+
+@given(st.integers(0, 2**32 - 1), i64, finite, st.text(max_size=6000), st.data())
+def test_stack_round_trip_and_damage(number, time_ns, rss, text, data):
+    """A stack comes back, cut to a page; with one flipped bit it does not count."""
+    text = text.encode(errors="ignore").decode()
+    stack = records.Stack(number, time_ns, layout.Place(3, 1, (5, 9)), rss, 2.0, 3.0, text)
+    record = stack.pack()
+    assert len(record) <= layout.PAGE
+    back = records.Stack.unpack(record.ljust(layout.PAGE, b"\0"))
+    assert back is not None
+    assert (back.number, back.time_ns, back.rss_mib, back.headroom_pct) == (number, time_ns, rss, 3.0)
+    assert (back.place.step, back.place.epoch, back.place.phase) == (3, 1, 9)
+    assert text.startswith(back.text)
+    assert len(text) < 1000 or len(back.text) >= 1000
+    damaged = bytearray(record)
+    bit = data.draw(st.integers(0, len(record) * 8 - 1))
+    damaged[bit // 8] ^= 1 << bit % 8
+    assert records.Stack.unpack(bytes(damaged)) is None
+    assert records.Stack.unpack(bytes(layout.PAGE)) is None
+
+
+@given(
+    st.sampled_from(records.KINDS), st.sampled_from(records.CONFIDENCES), st.none() | st.integers(-5, 300),
+    st.none() | st.integers(1, 64), i64, WORDS, st.lists(WORDS, max_size=12),
+)  # fmt: skip
+def test_verdict_round_trip(kind, confidence, exit_code, signal, wall_ns, text, evidence):
+    """A verdict comes back with its evidence in order."""
+    verdict = records.Verdict(kind, confidence, text)
+    verdict.exit_code, verdict.signal, verdict.wall_ns, verdict.evidence = exit_code, signal, wall_ns, evidence
+    packed = verdict.pack(1)
+    assert len(packed) <= layout.PAGE
+    found = records.unpack_text(packed)
+    assert found is not None
+    back = records.Verdict.from_fields(found[1])
+    assert back is not None
+    assert fields_of(back) == fields_of(verdict)
+
+
+def test_a_verdict_of_an_unknown_kind_is_none():
+    """What a newer memtrack wrote, or somebody made up, is not shown as if it were understood."""
+    assert records.Verdict.from_fields({"kind": "eaten", "confidence": "certain"}) is None
+    assert records.Verdict.from_fields({"kind": "clean", "confidence": "certain", "exit_code": "x"}) is None
 
 
 def test_mark():
@@ -252,6 +320,7 @@ def test_parts_do_not_overlap():
         (0, layout.PAGE),
         (layout.HEAD, 2 * layout.HEAD_SLOT),
         (layout.PULSE, 2 * layout.LINE),
+        (layout.FAREWELL, layout.FAREWELL_SIZE),
         (layout.CONTROL, layout.LINE),
         (layout.NOW, 2 * layout.LINE),
         (layout.GAUGES, layout.GAUGE_COUNT * layout.LINE),
@@ -259,7 +328,9 @@ def test_parts_do_not_overlap():
         (layout.NAMES, layout.NAME_COUNT * layout.LINE),
         (layout.METRICS, layout.NAME_COUNT * layout.LINE),
         (layout.EVENTS, layout.EVENT_COUNT * layout.EVENT_SIZE),
-        (layout.CURSORS, layout.CURSOR_COUNT * 2 * layout.LINE),
+        (layout.FEEDS, layout.FEED_COUNT * 2 * layout.FEED_SIZE),
+        (layout.VERDICT, 2 * layout.PAGE),
+        (layout.STACKS, layout.STACK_COUNT * layout.PAGE),
         (layout.PHASES, layout.PHASE_COUNT * 2 * layout.PAGE),
         (layout.WINDOWS, layout.PAGE),
     ]

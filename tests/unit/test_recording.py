@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 
 from memtrack import metrics
 from memtrack.errors import RecordingError, RecordingFormatError
-from memtrack.recording import layout
+from memtrack.recording import layout, records
 from memtrack.recording.layout import Head, Layout
 from memtrack.recording.marks import MarkWriter
 from memtrack.recording.reader import RecordingReader
+from memtrack.recording.records import Feed
 from memtrack.recording.writer import RecordingWriter, create
 from memtrack.sampling.window import EXACT, Cell, Place, Row
-from memtrack.sinks.cursors import CursorWriter
+from memtrack.sinks.feeds import FeedWriter
 
 SECOND_NS = 10**9
 RING = Layout(layout.MIN_SIZE).ring
@@ -95,7 +96,7 @@ def test_new_recording_is_empty(make_recording):
         head, pulse, place = reader.head(), reader.pulse(), reader.place()
         assert (head.state, head.windows, pulse.mono_ns, place.step) == (layout.STARTING, 0, 0, -1)
         assert list(reader.windows()) == []
-        assert (reader.phases(), reader.events(), reader.cursors()) == ({}, [], {})
+        assert (reader.phases(), reader.events(), reader.feeds(), reader.stacks()) == ({}, [], [], [])
         assert (reader.names(), reader.metrics()) == ([""], [])
 
 
@@ -347,51 +348,79 @@ def test_marks_of_a_recording(writer, reader):
     marks.close()
 
 
-def test_cursors(writer, reader):
-    """Each sink has its cursor; whoever opens the recording later goes on from there, also backwards."""
-    cursors = CursorWriter(writer.path)
+def put(feeds, key, delivered, *, done=False):
+    """Note that ``key`` has all windows before a number."""
+    feed = Feed(key)
+    feed.next, feed.done = delivered, done
+    feeds.put(feed)
+
+
+def progress(reader):
+    """How far each feed has got."""
+    return {feed.key: feed.next for feed in reader.feeds()}
+
+
+def test_feeds(writer, reader):
+    """Each sink has its feed; whoever opens the recording later goes on from there, also backwards."""
+    feeds = FeedWriter(writer.path)
     for delivered in range(1, 8):
-        cursors.put("mlflow:abc", delivered)
-        cursors.put("jsonl:x.jsonl", delivered * 2)
-    assert reader.cursors() == {"mlflow:abc": 7, "jsonl:x.jsonl": 14}
-    cursors.close()
-    later = CursorWriter(writer.path)
-    later.put("mlflow:abc", 9)
-    assert reader.cursors() == {"mlflow:abc": 9, "jsonl:x.jsonl": 14}
-    later.put("third", 1)
-    later.put("mlflow:abc", 3)
-    assert reader.cursors() == {"mlflow:abc": 3, "jsonl:x.jsonl": 14, "third": 1}
+        put(feeds, "mlflow:abc", delivered)
+        put(feeds, "jsonl:x.jsonl", delivered * 2)
+    assert progress(reader) == {"mlflow:abc": 7, "jsonl:x.jsonl": 14}
+    feeds.close()
+    later = FeedWriter(writer.path)
+    put(later, "mlflow:abc", 9)
+    assert progress(reader) == {"mlflow:abc": 9, "jsonl:x.jsonl": 14}
+    put(later, "third", 1)
+    put(later, "mlflow:abc", 3)
+    assert progress(reader) == {"mlflow:abc": 3, "jsonl:x.jsonl": 14, "third": 1}
     later.close()
 
 
-def test_cursor_survives_a_torn_successor(writer, reader):
-    """When the process dies in writing a cursor, the one before it counts, however many sinks there are."""
+def test_feed_survives_a_torn_successor(writer, reader):
+    """When the process dies in writing a feed, the record before it counts, however many sinks there are."""
     for sinks in (1, 2, 3):
-        cursors = CursorWriter(writer.path)
+        feeds = FeedWriter(writer.path)
         for delivered in (1, 2):
             for number in range(sinks):
-                cursors.put(f"sink {number}", delivered)
+                put(feeds, f"sink {number}", delivered)
         newest = {}
-        for at in range(2 * layout.CURSOR_COUNT):
-            offset = layout.CURSORS + at * layout.LINE
-            cursor = layout.unpack_cursor(os.pread(writer._fd, layout.LINE, offset))
-            if cursor and cursor[0] > newest.get(cursor[2], (0, 0))[0]:
-                newest[cursor[2]] = (cursor[0], offset)
+        for at in range(2 * layout.FEED_COUNT):
+            offset = layout.FEEDS + at * layout.FEED_SIZE
+            found = Feed.unpack(os.pread(writer._fd, layout.FEED_SIZE, offset))
+            if found and found[0] > newest.get(found[1].key, (0, 0))[0]:
+                newest[found[1].key] = (found[0], offset)
         for _, offset in newest.values():
             os.pwrite(writer._fd, b"\xee" * 20, offset)
-        assert reader.cursors() == {f"sink {number}": 1 for number in range(sinks)}
-        cursors.close()
+        assert progress(reader) == {f"sink {number}": 1 for number in range(sinks)}
+        feeds.close()
 
 
-def test_more_sinks_than_cursors(writer, reader):
-    """With more than 32 sinks the oldest cursors are forgotten; the newest are right."""
-    cursors = CursorWriter(writer.path)
-    for number in range(40):
-        cursors.put(f"sink {number}", number)
-        cursors.put(f"sink {number}", number + 1)
-    cursors.close()
-    found = reader.cursors()
-    assert all(found[f"sink {number}"] == number + 1 for number in range(8, 40))
+def test_more_sinks_than_feeds(writer, reader):
+    """With more than 32 sinks those that are done give way, whoever has the recording open; then the oldest."""
+    for start in (0, 20):
+        feeds = FeedWriter(writer.path)
+        for number in range(start, start + 20):
+            put(feeds, f"sink {number}", number, done=number % 2 == 0)
+        feeds.close()
+    kept = progress(reader)
+    assert len(kept) == layout.FEED_COUNT
+    assert {f"sink {number}" for number in range(1, 40, 2)} <= set(kept)
+    assert all(kept[f"sink {number}"] == number for number in range(28, 40))
+
+
+def test_stacks_and_verdict(writer, reader):
+    """They come back from the file, and the newest of two verdicts counts, also when its successor is torn."""
+    assert reader.verdict() is None
+    for number in (1, 2, 3):
+        stack = records.Stack(number, number, Place(number, 0, ()), 1.0, 2.0, 3.0, f"train.py:{number} step")
+        writer.put_stack(stack, number % 2)
+    assert [stack.text for stack in reader.stacks()] == ["train.py:2 step", "train.py:3 step"]
+    for kind in ("unknown", "clean"):
+        writer.put_verdict(records.Verdict(kind, "certain", kind))
+        assert reader.verdict().kind == kind
+    os.pwrite(writer._fd, b"\xee" * 20, layout.VERDICT)
+    assert reader.verdict() is not None
 
 
 # -- damage ---------------------------------------------------------------------------------------------------------
@@ -435,7 +464,7 @@ def full_recording(tmp_path_factory):
     create(path, layout.MIN_SIZE, {"size": str(layout.MIN_SIZE)})
     marks = MarkWriter(path)
     writer = RecordingWriter(path)
-    cursors = CursorWriter(path)
+    feeds = FeedWriter(path)
     phase = marks.begin("train")
     for number in range(400):
         marks.step(number)
@@ -448,8 +477,10 @@ def full_recording(tmp_path_factory):
         writer.put_phase(row)
         writer.pulse(number, 1.0, 2.0, 3.0)
         writer.publish(Head())
-        cursors.put("sink", number)
-    for part in (marks, writer, cursors):
+        put(feeds, "sink", number)
+        writer.put_stack(records.Stack(number, number, Place(number, 0, ()), 1.0, 2.0, 3.0, "a.py:1 f"), number % 8)
+    writer.put_verdict(records.Verdict("clean", "certain", "it ended"))
+    for part in (marks, writer, feeds):
         part.close()
     return path
 
@@ -457,10 +488,10 @@ def full_recording(tmp_path_factory):
 def read_everything(path):
     """All that a reader can be asked; nothing of it may raise, or give a row that is not one of ours."""
     with RecordingReader(path) as reader:
-        reader.head(), reader.pulse(), reader.place(), reader.names(), reader.metrics(), reader.cursors()
-        reader.marks()
+        reader.head(), reader.pulse(), reader.place(), reader.names(), reader.metrics(), reader.feeds()
+        reader.marks(), reader.stacks(), reader.verdict(), reader.farewell()
         for event in reader.events():
-            assert event.kind in layout.EVENT_KINDS
+            assert event.kind in records.EVENT_KINDS
         last = -1
         for row in reader.windows():
             assert last < row.first <= row.last < 400
