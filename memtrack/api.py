@@ -55,7 +55,8 @@ def start(
             kernel signals, nearly always the main one), ``"all"`` threads, or ``"off"``. Default ``"main"``.
         end_run: Whether a tracker's run that is still running when this process has died is ended, as failed or killed.
             Default True.
-        keep, keep_days: How many finished, delivered recordings stay in the folder, and for how long. Default 20 and 30.
+        keep, keep_days: How many finished, delivered recordings stay in the folder, and for how many days. Default 20
+            and 30.
 
     Raises:
         SettingsError: An argument or a ``MEMTRACK_*`` variable is wrong, or there is no such sink.

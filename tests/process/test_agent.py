@@ -138,8 +138,8 @@ if how == "sys.exit":
     tools.wait_until(lambda: tools.is_gone(agent), 5.0)
     assert time.monotonic() - died <= 0.5
     with RecordingReader(path) as reader:
-        orderly = ending in ("sys.exit", "end")
-        assert reader.head().state == (layout.STOPPED if orderly else layout.ENDED)
+        assert reader.head().state == layout.ENDED
+        assert reader.farewell() == ({"how": "exit"} if ending in ("sys.exit", "end") else {})
         assert reader.events()[-1].kind == ("stop" if orderly else "exit")
         assert reader.place().step == 41
         assert len(list(reader.windows())) == reader.head().windows >= 1
