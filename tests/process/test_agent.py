@@ -140,7 +140,7 @@ if how == "sys.exit":
     with RecordingReader(path) as reader:
         assert reader.head().state == layout.ENDED
         assert reader.farewell() == ({"how": "exit"} if ending in ("sys.exit", "end") else {})
-        assert reader.events()[-1].kind == ("stop" if orderly else "exit")
+        assert reader.events()[-1].kind == "exit"
         assert reader.place().step == 41
         assert len(list(reader.windows())) == reader.head().windows >= 1
 
