@@ -130,14 +130,14 @@ class RecordingReader:
         ring = self.layout.ring
         done, tries = since - 1, 0
         while True:
-            newest = self._newest_number()
+            newest = self.newest_number()
             first = max(done + 1, newest - ring + 1, 0)
             index, ahead = [], {}
             # who follows the recording finds all that is new in the ring, and need not look through the history
             if tries or done < newest - ring:
                 # read now what will move into the history while that is read
                 ahead = {number: self.window(number) for number in range(first, min(first + AHEAD, newest + 1))}
-                index = self._history_index(done + 1)
+                index = self.history(done + 1)
             patient = tries < TRIES
             start, moved = done, False
             for span, offset in index:
@@ -155,7 +155,7 @@ class RecordingReader:
                 if row is not None:
                     yield row
                     done = number
-                elif patient and number <= self._newest_number() - ring + 1:
+                elif patient and number <= self.newest_number() - ring + 1:
                     moved = True
                     break
             if not moved:
@@ -172,7 +172,7 @@ class RecordingReader:
             row = layout.unpack_row(page, self.metrics())
         return row
 
-    def _history_index(self, since: int) -> list[tuple[tuple[int, int], int]]:
+    def history(self, since: int = 0) -> list[tuple[tuple[int, int], int]]:
         """First and last window, and offset, of the pages of history that count: of those that overlap, the fullest."""
         pages = []
         for index in range(self.layout.bins):
@@ -189,8 +189,8 @@ class RecordingReader:
                 end = -last
         return kept
 
-    def _newest_number(self) -> int:
-        """From the head, or a window or two further if the agent died between writing a window and its head."""
+    def newest_number(self) -> int:
+        """Number of the newest window, -1 if there is none: from the head, or a window or two further if the agent died between writing a window and its head."""
         newest = self.head().windows - 1
         while self.window(newest + 1) is not None:
             newest += 1

@@ -13,6 +13,7 @@ from memtrack.recording.records import Event, newest_text, pack_event
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from memtrack.recording.reader import RecordingReader
     from memtrack.recording.records import Stack, Verdict
     from memtrack.sampling.window import Row
 
@@ -89,6 +90,35 @@ class RecordingWriter:
         self._narrow = 0  # bins from this position on have not been merged to bin_width yet
         self._phase_slots: dict[int, int] = {}
         self._phase_turns = [0] * layout.PHASE_COUNT
+
+    def go_on(self, reader: RecordingReader) -> None:
+        """Take up where another agent has stopped, wherever it was killed. ``reader`` reads the same recording."""
+        head, words = reader.head(), self._words
+        self._turn = max(words[layout.HEAD // 8], words[(layout.HEAD + layout.HEAD_SLOT) // 8])
+        self._beat = max(words[layout.PULSE // 8], words[(layout.PULSE + layout.LINE) // 8])
+        self._events = max((event.number + 1 for event in reader.events()), default=0)
+        self.metric_ids = {metric: number for number, metric in enumerate(reader.metrics())}
+        self.merged, self.dropped, self.bin_width = head.merged, head.dropped, head.bin_width
+        self.windows = reader.newest_number() + 1
+        for slot in range(layout.PHASE_COUNT):
+            pages = [os.pread(self._fd, layout.PAGE, Layout.phase_offset(slot, turn)) for turn in (0, 1)]
+            whole = [page for page in pages if layout.row_span(page) is not None]
+            if not whole:
+                break
+            phase = layout.row_span(whole[0])
+            self._phase_slots[phase[0] if phase else 0] = slot
+            # the page that was written last is the one of its parity; a torn one is written again
+            turns = [layout.row_turn(page) for page in whole]
+            newer = len(turns) == 2 and (turns[1] - turns[0]) & 0xFFFF == 1
+            self._phase_turns[slot] = turns[1] if newer else turns[0]
+        pages = [(first, (offset - self._layout.bins_start) // layout.PAGE) for (first, _), offset in reader.history()]
+        taken = {page for _, page in pages}
+        self._free = [page for page in range(self._layout.bins) if page not in taken]
+        if pages:
+            *self._bins, (_, self._bin_page) = pages
+            self._bin = layout.unpack_row(
+                os.pread(self._fd, layout.PAGE, self._layout.bin_offset(self._bin_page)), list(self.metric_ids)
+            )
 
     def publish(self, head: Head) -> None:
         """Make ``head`` the newest, after filling in what the writer knows: windows and merging."""
@@ -168,6 +198,8 @@ class RecordingWriter:
         if row is None or row.first != number:
             return
         growing = self._bin
+        if growing is not None and growing.last >= number:
+            return  # an agent that was killed before it had stored the next window has moved it already
         if growing is not None and growing.first // self.bin_width == number // self.bin_width:
             growing.merge(row)
             self.merged += 1

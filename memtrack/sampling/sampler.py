@@ -12,7 +12,7 @@ from memtrack.sampling.window import BOUND, ESTIMATED, EXACT, SAMPLED, Cell, Pla
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from typing import Protocol
 
     from memtrack.collectors.base import Collector, Sample
@@ -150,6 +150,13 @@ class Sampler:
         self.ticks = 0
         self.late_max_ms = 0.0
         self.dropped = 0
+
+    def go_on(self, first: int, phases: Iterable[Row]) -> None:
+        """Before the first tick: number windows from ``first`` on, and go on with the rows of phases known so far."""
+        self._row.first = self._row.last = first
+        for row in phases:
+            known = self._phases[row.first] = PhaseRow(row.first, row.start_ns)
+            known.row = row
 
     def tick(self, now_ns: int, wall_ns: int) -> None:
         """Take what is due."""

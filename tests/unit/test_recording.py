@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import random
@@ -145,7 +146,7 @@ def test_history_stays_fine_enough(writer, reader):
     for number in range(20000):
         writer.append(window(number))
         if number > RING + BINS and number % 97 == 0:
-            least = min(least, len(reader._history_index(0)))
+            least = min(least, len(reader.history(0)))
     assert least >= BINS // 4
 
 
@@ -177,7 +178,7 @@ def test_pages_that_were_merged_do_not_count(writer, reader):
     stale = sum(
         layout.row_span(reader._read(reader.layout.bin_offset(index), layout.PAGE)) is not None for index in range(BINS)
     )
-    index = reader._history_index(0)
+    index = reader.history(0)
     assert stale > len(index)
     check(reader.windows(), RING + BINS)
 
@@ -455,6 +456,62 @@ def test_file_of_something_else(tmp_path):
     with pytest.raises(RecordingFormatError, match="not a memtrack recording"):
         RecordingReader(str(path))
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+class Killed(Exception):
+    """Stands for a kill at this instruction."""
+
+
+@pytest.mark.parametrize("when", [1, 7, RING + 3, 5 * RING, 9 * RING])
+def test_another_writer_goes_on(make_recording, monkeypatch, when):
+    """Killed before any of its writes, a writer has a successor that loses nothing, however full the recording is."""
+    for victim in range(8):
+        path = make_recording()
+        writer = RecordingWriter(path)
+        left = victim
+        written = 0
+
+        def pwrite(fd, data, offset, real=os.pwrite):
+            nonlocal left
+            if written >= when:
+                if left == 0:
+                    raise Killed
+                left -= 1
+            return real(fd, data, offset)
+
+        with monkeypatch.context() as patch, contextlib.suppress(Killed):
+            patch.setattr(os, "pwrite", pwrite)
+            for number in range(when + 10):
+                writer.append(window(number))
+                written = number
+                row = window(number)
+                row.first = 0
+                writer.put_phase(row)
+                writer.event("mark", number)
+                writer.publish(Head())
+        assert left == 0
+        writer.close()
+        with RecordingReader(path) as reader:
+            second = RecordingWriter(path)
+            second.go_on(reader)
+            before, numbers = second.windows, [event.number for event in reader.events()]
+            assert when <= before <= when + 10
+            assert reader.head().windows <= before <= reader.head().windows + 1
+            for number in range(before, when + 500):
+                second.append(window(number))
+                second.event("mark", number)
+                second.publish(Head())
+                if number < before + 40:
+                    check(reader.windows(), number + 1)
+            check(reader.windows(), when + 500)
+            assert reader.head().windows == when + 500
+            kept = [event.number for event in reader.events()]
+            assert kept == list(range(kept[0], kept[0] + len(kept)))
+            assert not numbers or kept[-1] == numbers[-1] + when + 500 - before
+            second.put_phase(window(0))
+            assert len(reader.phases()) == 1
+        second.close()
+        os.unlink(path)
 
 
 @pytest.fixture(scope="module")
