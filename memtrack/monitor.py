@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,12 @@ EXIT_TIMEOUT_S = 2.0
 
 AGENT_TIMEOUT_S = 0.4
 """The part of it that is kept for the agent, which takes some 10 ms."""
+
+SILENT_NS = 3 * 10**9
+"""An agent from which there is no sign of life for so long is looked after. Five ticks of the slowest cadence."""
+
+RESTARTS = 5
+"""How often an agent is started again: one that keeps dying is not worth more."""
 
 
 class Active:
@@ -97,10 +104,12 @@ class Monitor:
         self.path = self._create_recording()
         """Path of the recording."""
         self._stopped = False
+        self._restarting = threading.Lock()
+        self._restarts_left = RESTARTS
         self._relay: Relay | None = None
         self._attached: list[Attached] = []
         self._marks, self._reader, self._agent = self._launch()
-        self._marks.wake = self._agent.wake
+        self._marks.wake = self._on_phase
         if self._own:
             active.monitor, active.marks = self, self._marks
             atexit.register(self._at_exit)
@@ -189,6 +198,37 @@ class Monitor:
     ) -> None:
         self.stop()
 
+    # -- the agent's life -------------------------------------------------------------------------------------------
+
+    def _on_phase(self, is_quiet: bool) -> None:
+        """A phase has begun or ended. Called with the lock of the marks held."""
+        if not is_quiet:
+            self._agent.wake()
+        if self._marks.silence_ns() > SILENT_NS and self._restarts_left:
+            # in a thread of its own: starting a process takes 20 ms, which no phase should be longer for
+            threading.Thread(target=self._look_after_agent, name="memtrack-restart", daemon=True).start()
+
+    def _look_after_agent(self) -> None:
+        """Start the agent again if it was killed. Called now and then by the relay, and by phases. Never raises."""
+        if self._marks.silence_ns() <= SILENT_NS or not self._restarts_left:
+            return
+        if not self._restarting.acquire(blocking=False):
+            return
+        try:
+            if self._stopped or self._foreign():
+                return
+            self._restarts_left -= 1
+            # should the old one only stand still, the new one finds the recording locked and leaves
+            self._spawn(self._agent)
+            deadline = time.monotonic() + 1.0
+            while self._marks.silence_ns() > SILENT_NS and time.monotonic() < deadline:
+                time.sleep(0.01)
+        except Exception as exc:
+            self._restarts_left = 0
+            warn_once("restart", f"memtrack's agent has gone and could not be started again ({exc}).")
+        finally:
+            self._restarting.release()
+
     # -- inside -----------------------------------------------------------------------------------------------------
 
     def _create_recording(self) -> str:
@@ -222,7 +262,7 @@ class Monitor:
         try:
             opened.append(marks := MarkWriter(self.path))
             opened.append(reader := RecordingReader(self.path))
-            return marks, reader, spawn(self.path)
+            return marks, reader, self._spawn()
         except BaseException as exc:
             for part in opened:
                 part.close()
@@ -230,6 +270,9 @@ class Monitor:
             if isinstance(exc, OSError) and not isinstance(exc, MemtrackError):
                 raise RecordingError(f"cannot open the recording {self.path}: {exc.strerror}") from exc
             raise
+
+    def _spawn(self, before: AgentHandle | None = None) -> AgentHandle:
+        return spawn(self.path, before=before)
 
     def _make_relay(self) -> Relay:
         # imported here: who has no sink needs no thread and no queue
@@ -240,6 +283,7 @@ class Monitor:
             flush_interval_s=self.settings.flush_interval_s,
             metrics=self.settings.metrics,
             figures=self._figures,
+            on_turn=self._look_after_agent,
         )
 
     def _figures(self, start_ns: int, end_ns: int | None) -> RunFigures:

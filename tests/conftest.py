@@ -55,6 +55,35 @@ def _stop_everything() -> None:
         monitor.active.monitor.stop()
 
 
+FAULTS = pytest.StashKey[list[tuple[str, str, str]]]()
+
+
+@pytest.fixture
+def fault(request):
+    """Notes a fault that a test has injected: ``fault(what, lost, delay_s)``, in the table that the suite leaves behind.
+
+    ``lost`` says in words what was lost; ``delay_s`` is how much longer the training process took than without memtrack
+    or without the fault: 2 s at the most, at its exit only.
+    """
+    rows = request.config.stash.setdefault(FAULTS, [])
+
+    def note(what: str, lost: str = "nothing", delay_s: float = 0.0) -> None:
+        assert delay_s <= 2.0, f"{what}: delayed by {delay_s:.2f} s"
+        rows.append((what, lost, f"{max(delay_s, 0.0):.2f} s"))
+
+    return note
+
+
+def pytest_sessionfinish(session):
+    """Leave the table of faults in ``test-artifacts/faults.md``."""
+    rows = session.config.stash.get(FAULTS, [])
+    if rows:
+        folder = session.config.rootpath / "test-artifacts"
+        folder.mkdir(exist_ok=True)
+        lines = ["| fault | lost | training delayed by |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
+        (folder / "faults.md").write_text("\n".join(lines) + "\n")
+
+
 @pytest.fixture
 def make_recording(tmp_path):
     """Makes empty recordings: ``make_recording(size)`` returns the path of a new one."""

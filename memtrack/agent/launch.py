@@ -16,27 +16,30 @@ class AgentHandle:
     """The caller's end of a running agent: wakes it. Not shared with forked children: they drop it."""
 
     def __init__(self, wake_fd: int) -> None:
-        self._wake_fd = wake_fd
+        self.wake_fd = wake_fd
 
     def wake(self) -> None:
         """Let the agent look at the control words now. Never blocks, never raises."""
         try:
             # an eventfd, because writing to a pipe without reader may kill the process with SIGPIPE
-            os.write(self._wake_fd, (1).to_bytes(8, "little"))
+            os.write(self.wake_fd, (1).to_bytes(8, "little"))
         except OSError:
             pass
 
     def close(self) -> None:
         """Close the descriptor."""
-        if self._wake_fd >= 0:
-            os.close(self._wake_fd)
-            self._wake_fd = -1
+        if self.wake_fd >= 0:
+            os.close(self.wake_fd)
+            self.wake_fd = -1
 
 
-def spawn(recording: str, handover_fd: int = -1, dump_fd: int = -1) -> AgentHandle:
+def spawn(
+    recording: str, handover_fd: int = -1, dump_fd: int = -1, *, before: AgentHandle | None = None
+) -> AgentHandle:
     """Start the agent that fills ``recording``; returns in some 20 ms, when it is on its way, not when it is ready.
 
     It gets an eventfd to be woken by as descriptor 0, ``handover_fd`` as 1 and ``dump_fd`` as 3; -1 is the null device.
+    The successor of an agent that has gone gets the eventfd of the one ``before``, whose handle stays good for it.
 
     The process is started with ``posix_spawn``, which does not copy the caller's page tables as ``fork`` does (0.36 s
     for 8 GB, and its pages stay pinned), and detaches itself, so that it is no child of the caller afterwards. Raises
@@ -45,10 +48,13 @@ def spawn(recording: str, handover_fd: int = -1, dump_fd: int = -1) -> AgentHand
     command = [_python(), "-I", "-S", _ENTRY, recording]
     if not hasattr(os, "posix_spawn"):
         return _spawn_elsewhere(command)
+    if before is not None and not hasattr(os, "eventfd"):
+        raise AgentError("cannot start the agent again: this system has no eventfd")
     try:
-        read_fd, wake_fd = _wake_pair()
+        read_fd, wake_fd = _wake_pair() if before is None else (before.wake_fd, before.wake_fd)
     except OSError as exc:
         raise AgentError(f"cannot start the agent: {exc.strerror}") from exc
+    handle = before or AgentHandle(wake_fd)
     null = os.devnull
     actions: list[tuple[int, ...]] = [(os.POSIX_SPAWN_DUP2, read_fd, 0)]
     for fd, number in ((handover_fd, 1), (dump_fd, 3)):
@@ -58,18 +64,17 @@ def spawn(recording: str, handover_fd: int = -1, dump_fd: int = -1) -> AgentHand
         actions.append((os.POSIX_SPAWN_OPEN, 2, null, os.O_WRONLY, 0))  # type: ignore[arg-type]
     try:
         pid = os.posix_spawn(command[0], command, os.environ, file_actions=actions)
-    except OSError as exc:
-        os.close(wake_fd)
-        raise AgentError(f"cannot start the agent with {command[0]}: {exc.strerror}") from exc
+        _reap(pid)
+    except Exception as exc:
+        if before is None:
+            handle.close()
+        if isinstance(exc, OSError):
+            raise AgentError(f"cannot start the agent with {command[0]}: {exc.strerror}") from exc
+        raise
     finally:
         if read_fd != wake_fd:
             os.close(read_fd)
-    try:
-        _reap(pid)
-    except AgentError:
-        os.close(wake_fd)
-        raise
-    return AgentHandle(wake_fd)
+    return handle
 
 
 def _wake_pair() -> tuple[int, int]:

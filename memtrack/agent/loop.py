@@ -68,6 +68,8 @@ class Agent:
         self._limit_near = False
         self._quiet = False
         self._late_max_ms = 0.0
+        if not self._writer.fresh:
+            self._go_on(path)
         self._writer.event("start", now_ns, text=f"agent {os.getpid()} watches {self._pid}")
         self._writer.publish(self._head)
 
@@ -89,6 +91,19 @@ class Agent:
             if state == RUNNING and monotonic_ns() >= self._sampler.due_ns:
                 self._tick()
         self._finish(state)
+
+    def _go_on(self, path: str) -> None:
+        """Another agent was here and is gone: take up its recording, and note how long nobody looked."""
+        from memtrack.recording.reader import RecordingReader
+
+        with RecordingReader(path) as reader:
+            self._writer.go_on(reader)
+            self._sampler.go_on(self._writer.windows, reader.phases().values())
+            self._head.cut = reader.head().cut
+            last_ns = reader.pulse().mono_ns
+        gap_s = (monotonic_ns() - last_ns) / 1e9
+        self._writer.event("gap", last_ns, value=gap_s, text=f"no agent for {gap_s:.1f} s")
+        self._note_marks([mark for mark in self._marks.drain() if mark.time_ns > last_ns])
 
     # -- one turn ---------------------------------------------------------------------------------------------------
 
@@ -226,8 +241,24 @@ class Agent:
         return [self._wake_fd] if stop or cut != self._head.cut else []
 
 
+def _claim(path: str) -> bool:
+    """Lock the recording until this process ends; False if somebody has: another agent, which stood still for a while,
+    or who delivers it. The lock is the kernel's, so that no kill leaves it behind."""
+    from fcntl import LOCK_EX, LOCK_NB, flock
+
+    try:
+        flock(os.open(path, os.O_RDONLY | os.O_CLOEXEC), LOCK_EX | LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # a file system without locks
+    return True
+
+
 def main(path: str) -> int:
     """Watch the process that the recording at ``path`` names. Returns the exit status."""
+    if sys.platform == "linux" and not _claim(path):
+        return 0
     _ignore_signals()
     # nothing here makes reference cycles, and the collector's passes would cost more than they find
     gc.disable()

@@ -82,8 +82,9 @@ class MarkWriter:
         self._gauges: dict[str, int] = {}
         self._gauge_turn = 0
         self._wake_due_ns = 0
-        self.wake: Callable[[], None] | None = None
-        """Called when a phase begins or ends, at most every 50 ms: a sample there keeps phases apart."""
+        self.wake: Callable[[bool], None] | None = None
+        """Called when a phase begins or ends, at most every 50 ms: a sample there keeps phases apart. It is told whether
+        the agent wants to be left alone."""
 
     def step(self, step: int) -> None:
         """The training has reached this step."""
@@ -167,6 +168,13 @@ class MarkWriter:
         """Ask the agent to finish the recording and exit."""
         self._words[_STOP_WORD] = 1
 
+    def silence_ns(self) -> int:
+        """How long ago the agent took its last sample; huge before the first one."""
+        part = self._bytes
+        turns = [(self._words[at // 8], at) for at in (layout.PULSE, layout.PULSE + layout.LINE)]
+        at = max(turns)[1] + 8
+        return monotonic_ns() - int.from_bytes(part[at : at + 8], "little")
+
     def say_farewell(self, fields: dict[str, str]) -> None:
         """Leave what Python knows of the end of the process, see ``records.pack_farewell``."""
         record = records.pack_farewell(fields)
@@ -198,8 +206,8 @@ class MarkWriter:
 
     def _wake(self, now_ns: int) -> None:
         self._wake_due_ns = now_ns + WAKE_NS
-        if self.wake is not None and self._words[_QUIET_WORD] == 0:
-            self.wake()
+        if self.wake is not None:
+            self.wake(self._words[_QUIET_WORD] != 0)
 
     def _name(self, name: str) -> int:
         """Id of a name, given at its first use; 0, the nameless, when the table is full."""

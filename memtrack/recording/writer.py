@@ -91,6 +91,11 @@ class RecordingWriter:
         self._phase_slots: dict[int, int] = {}
         self._phase_turns = [0] * layout.PHASE_COUNT
 
+    @property
+    def fresh(self) -> bool:
+        """Whether no agent has published anything in this recording yet."""
+        return self._words[layout.HEAD // 8] == self._words[(layout.HEAD + layout.HEAD_SLOT) // 8] == 0
+
     def go_on(self, reader: RecordingReader) -> None:
         """Take up where another agent has stopped, wherever it was killed. ``reader`` reads the same recording."""
         head, words = reader.head(), self._words

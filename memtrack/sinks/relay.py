@@ -72,12 +72,14 @@ class Relay:
         flush_interval_s: float,
         metrics: str | tuple[str, ...],
         figures: Callable[[int, int | None], RunFigures],
+        on_turn: Callable[[], None] = lambda: None,
     ) -> None:
         self._reader = RecordingReader(path)
         self._records = FeedWriter(path)
         self._flush_interval_s = flush_interval_s
         self._metrics = metrics
         self._figures = figures
+        self._on_turn = on_turn
         self._feeds: list[Feed] = []
         self._lock = threading.Lock()
         self._changed = threading.Condition()
@@ -154,6 +156,7 @@ class Relay:
         while not self._closing:
             self._wake.wait(self._pause_s())
             self._wake.clear()
+            self._on_turn()
             with self._lock:
                 feeds = list(self._feeds)
             for feed in feeds:

@@ -113,4 +113,5 @@ def small_disk(tmp_path):
 
     yield mount
     for folder in mounted:
-        subprocess.run(["umount", str(folder)], check=True)
+        # an agent that has said that it is done still has its files open for a moment
+        Tools.wait_until(lambda folder=folder: not subprocess.run(["umount", str(folder)], check=False).returncode, 5.0)

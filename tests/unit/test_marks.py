@@ -347,7 +347,7 @@ def test_agent_is_woken_by_phases(marks):
     """Entering and leaving a phase asks for a sample, but not more than every 20 ms."""
     writer, _ = marks
     woken = []
-    writer.wake = lambda: woken.append(1)
+    writer.wake = woken.append
     for _ in range(100):
         writer.end(writer.begin("short"))
     assert 1 <= len(woken) <= 3
