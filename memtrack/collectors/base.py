@@ -28,6 +28,10 @@ class Collector:
         """The values as they are now. ``now_ns`` is the monotonic time, for those that report rates."""
         raise NotImplementedError
 
+    def moved(self) -> bool:
+        """Whether ``collect`` might say something else than it said last. Asked of those that run at every tick."""
+        return True
+
     def high_water(self) -> Iterable[Sample]:
         """High-water marks that the kernel keeps, as they are now.
 

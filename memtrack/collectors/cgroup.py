@@ -124,6 +124,10 @@ class CgroupUsageCollector(Collector):
             samples.append((metrics.CONTAINER_HEADROOM, 100.0 * share))
         return samples
 
+    def moved(self) -> bool:
+        """Page cache and neighbours move it all the time: while the process stands still, once a second will do."""
+        return False
+
     def high_water(self) -> list[Sample]:
         """The kernel's own peak of usage: ``memory.peak`` (since 5.19) or ``memory.max_usage_in_bytes``, else nothing.
 

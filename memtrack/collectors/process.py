@@ -29,12 +29,17 @@ class ProcessCollector(Collector):
         self._statm = HeldFile(f"{proc}/{pid}/statm", 128)
         self._status = HeldFile(f"{proc}/{pid}/status")
         self._text = b""
+        self._last = b""
 
     def collect(self, now_ns: int) -> Iterable[Sample]:
-        fields = self._statm.read().split(None, 2)
+        self._last = self._statm.read()
+        fields = self._last.split(None, 2)
         if len(fields) < 2 or fields[1] == b"0":
             raise ValueError("the process has no memory any more")
         return ((metrics.RSS, int(fields[1]) * PAGE_MIB),)
+
+    def moved(self) -> bool:
+        return self._statm.read() != self._last
 
     def high_water(self) -> Iterable[Sample]:
         self._text = self._status.read()

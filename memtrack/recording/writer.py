@@ -139,6 +139,10 @@ class RecordingWriter:
         body = layout.PULSE_BODY.pack(now_ns, rss_mib, usage_mib, headroom_pct)
         self._put(layout.PULSE + (self._beat & 1) * layout.LINE, self._beat, body)
 
+    def beat(self, now_ns: int) -> None:
+        """The last sample still holds. One word is written, which a kill leaves old or new."""
+        self._words[(layout.PULSE + (self._beat & 1) * layout.LINE) // 8 + 1] = now_ns
+
     def set_quiet(self, quiet: bool) -> None:
         """Tell the trainer whether to leave the agent alone when phases begin and end."""
         self._words[layout.QUIET // 8] = quiet
@@ -177,6 +181,14 @@ class RecordingWriter:
     def put_stack(self, stack: Stack, slot: int) -> None:
         """Store a stack in one of ``STACK_COUNT`` slots."""
         os.pwrite(self._fd, stack.pack(), layout.STACKS + slot * layout.PAGE)
+
+    def stacks(self) -> dict[int, Stack]:
+        """The stacks that are stored, by slot."""
+        from memtrack.recording.records import Stack
+
+        pages = (os.pread(self._fd, layout.PAGE, layout.STACKS + n * layout.PAGE) for n in range(layout.STACK_COUNT))
+        found = enumerate(map(Stack.unpack, pages))
+        return {slot: stack for slot, stack in found if stack is not None}
 
     def put_verdict(self, verdict: Verdict) -> None:
         """Store how the process ended."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from memtrack import metrics
 from memtrack.sampling.cadence import CALM_S, UNLIMITED_MIB, Budget, Cadence
+from memtrack.sampling.source import COST_FACTOR, PhaseRow, Source
 from memtrack.sampling.window import BOUND, ESTIMATED, EXACT, SAMPLED, Cell, Place, Row
 
 TYPE_CHECKING = False
@@ -37,61 +38,8 @@ HIGH_WATER_TOLERANCE_MIB = 1.0
 HIGH_WATER_NS = 10**9
 """How often high-water marks are read, besides at the ends of windows and phases."""
 
-COST_FACTOR = 3000
-"""A collector that took t is asked again no sooner than after 3000 t: no more than 0.03 % of a core each."""
-
-STALE_FACTOR = 200
-"""The same for one that knows that its values are out of date. It may be one call ahead of its time, no more."""
-
-PHASE_STORE_NS = 5 * 10**9
-"""How often the row of a phase is stored if it has no new maximum."""
-
-
-class Source:
-    """A collector, when it is due, and what it said last."""
-
-    __slots__ = ("collector", "cost_ns", "due_ns", "errors", "high_water", "last", "last_ns", "period_ns", "ran")
-
-    def __init__(self, collector: Collector, now_ns: int) -> None:
-        self.collector = collector
-        self.period_ns = int(collector.period_s * 1e9)
-        self.cost_ns = 0
-        """CPU time of the last call."""
-        self.due_ns = now_ns
-        self.last_ns = 0
-        self.last: Sequence[Sample] = ()
-        self.high_water: dict[str, float] = {}
-        self.ran = False
-        """Whether it ran in the current window."""
-        self.errors = 0
-
-    def is_due(self, now_ns: int) -> bool:
-        """At its time, or sooner if its values are known to be out of date."""
-        if now_ns >= self.due_ns:
-            return True
-        if not self.collector.stale or self.due_ns - now_ns > max(self.period_ns, COST_FACTOR * self.cost_ns):
-            return False
-        return now_ns >= self.last_ns + max(self.period_ns // 4, STALE_FACTOR * self.cost_ns)
-
-
-class PhaseRow:
-    """What is known of a phase: a row with the phase's id as ``first``, and what of it has been stored."""
-
-    __slots__ = ("row", "stored_max", "stored_ns")
-
-    def __init__(self, phase: int, now_ns: int) -> None:
-        self.row = Row(phase, now_ns)
-        self.stored_ns = 0
-        self.stored_max = 0.0
-
-    def worth_storing(self, now_ns: int) -> bool:
-        """After five seconds, or as soon as the process stood higher than what is stored."""
-        cell = self.row.cells.get(metrics.RSS)
-        highest = cell.max if cell is not None else 0.0
-        if highest <= self.stored_max and now_ns < self.stored_ns + PHASE_STORE_NS:
-            return False
-        self.stored_ns, self.stored_max = now_ns, highest
-        return True
+ROOMY_PCT = 25.0
+"""Above this headroom a process that stands still is only glanced at."""
 
 
 class Sampler:
@@ -125,6 +73,7 @@ class Sampler:
         self._marks_seen = -1
         self._interval_ns = int(interval_s * 1e9)
         self._cadence = Cadence(min(tick_s, interval_s))
+        self._calm_ns = int(max(CALM_S, min(tick_s, interval_s)) * 1e9)
         self._budget = budget
         self._cpu_clock_ns = cpu_clock_ns
         self._on_window = on_window
@@ -143,6 +92,9 @@ class Sampler:
         self._span_start_ns = now_ns
         self._span: dict[str, Cell] = {}
         """The cells since the window began or the phases changed; merged into the window and the phases at its end."""
+        self._full_due_ns = 0
+        self._glanced_ns = 0
+        self._glances = 0
         self.due_ns = now_ns
         """When ``tick`` wants to be called next."""
         self.latest: dict[str, float] = {}
@@ -158,13 +110,30 @@ class Sampler:
             known = self._phases[row.first] = PhaseRow(row.first, row.start_ns)
             known.row = row
 
+    def glance(self, now_ns: int) -> bool:
+        """Whether this tick needs no more than a glance: nothing is due, and the process has not moved.
+
+        That costs a fifth of a tick. What is read at every tick, besides, is then as old as the last one: a second.
+        """
+        if now_ns >= self._full_due_ns or self._marks.written() != self._marks_seen:
+            return False
+        for source in self._every_tick:
+            if source.collector.moved():
+                return False
+        self._note_lateness(now_ns)
+        self.ticks += 1
+        self._glances += 1
+        self._glanced_ns = now_ns
+        self.due_ns = self._tick_due_ns = min(now_ns + self._calm_ns, self._full_due_ns)
+        return True
+
     def tick(self, now_ns: int, wall_ns: int) -> None:
         """Take what is due."""
         self.ticks += 1
         self._wall_ns = wall_ns
-        late_ms = (now_ns - self.due_ns) / 1e6
-        if late_ms > self.late_max_ms:
-            self.late_max_ms = late_ms
+        self._note_lateness(now_ns)
+        if self._glances:
+            self._account_for_glances()
         places = None
         if self._marks.written() != self._marks_seen:
             places = self._pass_marks(now_ns)
@@ -221,6 +190,8 @@ class Sampler:
     def finish(self, now_ns: int, wall_ns: int) -> None:
         """Finish the last window as it stands, and store every phase."""
         self._wall_ns = wall_ns
+        if self._glances:
+            self._account_for_glances()
         if self._marks.written() != self._marks_seen:
             self._pass_marks(now_ns)
         self.cut(now_ns, wall_ns)
@@ -228,6 +199,30 @@ class Sampler:
             self._on_phase(phase.row)
         for source in (*self._every_tick, *self._slower):
             source.collector.close()
+
+    # -- ticks ------------------------------------------------------------------------------------------------------
+
+    def _note_lateness(self, now_ns: int) -> None:
+        late_ms = (now_ns - self.due_ns) / 1e6
+        if late_ms > self.late_max_ms:
+            self.late_max_ms = late_ms
+
+    def _account_for_glances(self) -> None:
+        """What stood still up to the last glance was sampled up to then."""
+        glanced_ns, now = self._glanced_ns, self._marks.place()
+        place = Place(now.step, now.epoch, self._place.phases)
+        for source in self._every_tick:
+            seconds = (glanced_ns - max(source.last_ns, self._row.start_ns)) / 1e9
+            for metric, value in source.last:
+                cell = self._span.get(metric)
+                if cell is None:
+                    cell = self._span[metric] = Cell(value, glanced_ns, place, seconds)
+                else:
+                    cell.add(value, glanced_ns, self._marks, seconds)
+                cell.count += self._glances - 1
+            source.last_ns = glanced_ns
+        self._last_ns = glanced_ns
+        self._glances = 0
 
     # -- folding ----------------------------------------------------------------------------------------------------
 
@@ -377,6 +372,9 @@ class Sampler:
         # a tick before its time (the window's end, a request) counts from now, or each would put off the next ones
         self._tick_due_ns = max(min(self._tick_due_ns, now_ns) + int(interval_s * 1e9), now_ns)
         self.due_ns = min(self._tick_due_ns, self._window_due_ns)
+        is_calm = interval_s >= CALM_S and latest.get(metrics.CONTAINER_HEADROOM, 100.0) > ROOMY_PCT
+        next_ns = min(self._window_due_ns, self._slower_due_ns, self._high_water_due_ns)
+        self._full_due_ns = next_ns if is_calm else 0
 
 
 def _raise_row(row: Row, metric: str, sampled: float, value: float, now_ns: int, place: Place, label: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from memtrack import metrics
@@ -9,7 +11,8 @@ from memtrack.collectors.base import Collector
 from memtrack.recording import layout
 from memtrack.recording.layout import Mark
 from memtrack.sampling.cadence import CALM_S, Budget
-from memtrack.sampling.sampler import COST_FACTOR, Sampler
+from memtrack.sampling.sampler import Sampler
+from memtrack.sampling.source import COST_FACTOR
 from memtrack.sampling.window import BOUND, ESTIMATED, EXACT, SAMPLED, Place
 from memtrack.testing import FakeClock
 
@@ -40,6 +43,18 @@ class Curve(Collector):
 
     def close(self):
         self.closed += 1
+
+
+class Watched(Curve):
+    """The same, which can tell cheaply whether it has moved."""
+
+    def collect(self, now_ns):
+        self.asked = getattr(self, "asked", 0) + 1
+        self.last = self.value(self.clock.seconds)
+        return super().collect(now_ns)
+
+    def moved(self):
+        return self.value(self.clock.seconds) != self.last
 
 
 class Slow(Collector):
@@ -116,7 +131,8 @@ class Bench:
 
     def tick(self):
         self.ticks.append(self.clock.seconds)
-        self.sampler.tick(self.clock.now_ns, self.clock.wall_ns)
+        if not self.sampler.glance(self.clock.now_ns):
+            self.sampler.tick(self.clock.now_ns, self.clock.wall_ns)
 
     def run(self, until_s, late_s=0.0, script=()):
         """Tick whenever the sampler wants, ``late_s`` late, up to ``until_s``; ``script`` is (seconds, call) pairs."""
@@ -155,6 +171,82 @@ class Clock(FakeClock):
 @pytest.fixture
 def clock():
     return Clock()
+
+
+# -- glances --------------------------------------------------------------------------------------------------------
+
+
+def steps(seconds):
+    """Stands still for seconds at a time: up, down, up a little."""
+    return 100.0 if seconds < 5.05 else 900.0 if seconds < 9.31 else 110.0
+
+
+def test_glances_change_nothing():
+    """What stands still is only glanced at; the windows are the same as if each tick had been a full one."""
+    benches = []
+    for kind in (Curve, Watched):
+        clock = Clock()
+        bench = Bench(kind(clock, steps), Slow(clock, 1.0))
+        script = [
+            (2.31, lambda bench=bench: bench.marks.move(1, step=3)),
+            (7.0, lambda bench=bench: bench.marks.move()),
+        ]
+        bench.run(14.5, script=script)
+        bench.finish()
+        benches.append(bench)
+    full, glancing = benches
+    assert len(full.windows) == len(glancing.windows) == 15
+    for one, other in zip(full.windows, glancing.windows, strict=True):
+        a, b = one.cells[metrics.RSS], other.cells[metrics.RSS]
+        assert (a.min, a.max, a.last, a.phase) == (b.min, b.max, b.last, b.phase)
+        # when exactly it moved between two ticks nobody can tell
+        assert b.mean == pytest.approx(a.mean, abs=800 * CALM_S if one.first in (5, 9) else 1e-6)
+        assert b.seconds == pytest.approx(a.seconds, abs=0.25)
+        assert b.count >= 4 or one.first == 14
+        assert one.end_ns == other.end_ns
+    assert full.phases[1].cells[metrics.RSS].max == glancing.phases[1].cells[metrics.RSS].max == 900.0
+    assert glancing.phases[1].cells[metrics.RSS].seconds == pytest.approx(4.7, abs=0.5)
+    assert glancing.sampler.ticks == len(glancing.ticks)
+    assert glancing.windows[0].cells[SLOW].count == full.windows[0].cells[SLOW].count
+    assert glancing.clock.seconds == 14.5
+    collector = glancing.sampler._every_tick[0].collector
+    # besides the windows' ends: a second's worth of ticks after each move, until it is calm again
+    assert collector.asked < len(glancing.ticks) * 0.6
+
+
+def test_a_move_is_seen_at_a_glance():
+    """The tick at which the process has moved is a full one, and the cadence quickens as ever."""
+    clock = Clock()
+    bench = Bench(Watched(clock, lambda seconds: 100.0 if seconds < 5.0 else 100.0 + 800.0 * (seconds - 5.0)))
+    bench.run(5.6)
+    moving = [at for at in bench.ticks if at > 5.25]
+    assert len(moving) >= 3
+    assert max(later - earlier for earlier, later in itertools.pairwise(moving)) <= 0.1
+    quiet = [at for at in bench.ticks if 2.0 < at < 5.0]
+    assert len(quiet) <= 3 / CALM_S + 4
+
+
+@pytest.mark.parametrize("headroom_pct", [10.0, 90.0])
+def test_no_glances_when_the_limit_is_near(headroom_pct):
+    """The limit may be reached by others in the container while the process stands still."""
+    clock = Clock()
+
+    class Container(Curve):
+        def collect(self, now_ns):
+            self.asked = getattr(self, "asked", 0) + 1
+            return ((metrics.CONTAINER_HEADROOM, headroom_pct), (metrics.CONTAINER_LIMIT, 1000.0))
+
+        def high_water(self):
+            return ()
+
+        def moved(self):
+            return False
+
+    container = Container(clock, steps)
+    bench = Bench(Watched(clock, lambda _: 100.0), container)
+    bench.run(20.0)
+    is_full = container.asked == len(bench.ticks)
+    assert is_full == (headroom_pct < 25.0)
 
 
 # -- windows --------------------------------------------------------------------------------------------------------
