@@ -6,15 +6,38 @@ import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from memtrack.collectors.base import Collector
+    from memtrack.collectors.cgroup import CgroupUsageCollector, LimitWatch
+    from memtrack.collectors.tree import TreeCollector
+
+
+class Sight:
+    """What the collectors know besides their samples; None where this system has no such thing."""
+
+    __slots__ = ("tree", "usage", "watch")
+
+    def __init__(
+        self,
+        watch: LimitWatch | None = None,
+        usage: CgroupUsageCollector | None = None,
+        tree: TreeCollector | None = None,
+    ) -> None:
+        self.watch = watch
+        self.usage = usage
+        self.tree = tree
+
+    def limit_source(self) -> str:
+        """Which limit binds the process, in words; "" if none is known."""
+        if self.watch is None:
+            return "physical memory"
+        binding = self.watch.limits.binding
+        return binding.source if binding else ""
 
 
 def build(
     pid: int, *, exclude: int = 0, platform: str = sys.platform, proc: str = "/proc", root: str = ""
-) -> tuple[list[Collector], Callable[[], str]]:
-    """The collectors for process ``pid``, and what tells in words which limit binds it.
+) -> tuple[list[Collector], Sight]:
+    """The collectors for process ``pid``, and what else they know.
 
     ``exclude`` is the agent's own pid, which may stand below the process. ``root`` is put before every cgroup mount
     point.
@@ -25,7 +48,7 @@ def build(
     if platform != "linux":
         from memtrack.collectors.psutil_ import PsutilCollector
 
-        return [PsutilCollector(pid, exclude=exclude)], lambda: "physical memory"
+        return [PsutilCollector(pid, exclude=exclude)], Sight()
     from memtrack.collectors.cgroup import CgroupStatCollector, CgroupUsageCollector, LimitWatch
     from memtrack.collectors.host import HostCollector, PressureCollector
     from memtrack.collectors.process import ProcessCollector, ProcessDetailCollector
@@ -34,9 +57,10 @@ def build(
     process = ProcessCollector(pid, proc)
     watch = LimitWatch(pid, proc, root)
     tree = TreeCollector(pid, exclude=exclude, proc=proc)
+    usage = CgroupUsageCollector(watch)
     found: list[Collector] = [
         process,
-        CgroupUsageCollector(watch),
+        usage,
         ProcessDetailCollector(process, pid, proc),
         tree,
         PssCollector(tree, proc),
@@ -44,4 +68,4 @@ def build(
         HostCollector(proc),
         PressureCollector(proc),
     ]
-    return found, lambda: watch.limits.binding.source if watch.limits.binding else ""
+    return found, Sight(watch, usage, tree)

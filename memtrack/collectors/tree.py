@@ -206,8 +206,9 @@ class PssCollector(Collector):
 
     Reading it walks the page tables: about 11 ms for each GB in 4 KiB pages, during which the target's mmap calls wait.
     So it is asked again only after 3000 times what it cost, and sooner once when the tree has changed. In between each
-    process is taken to have grown or shrunk by private pages, as its RSS did. Processes whose ``smaps_rollup`` may not
-    be read (another user's, or not dumpable) count with their RSS.
+    process is taken to have grown or shrunk by private pages, as its RSS did. Descendants whose ``smaps_rollup`` may
+    not be read (another user's, or not dumpable) count with their RSS; where it is that of the training process
+    itself, there is no PSS.
     """
 
     period_s = 2.0
@@ -223,27 +224,32 @@ class PssCollector(Collector):
     def collect(self, now_ns: int) -> Iterable[Sample]:
         members = self._tree.members()
         for member in members:
-            self._read(member)
+            if not self._read(member):
+                if member is members[0]:
+                    return ()
+                member.pss_mib = member.pss_rss_mib = member.rss_mib
         self._tree.reset_changed()
         total = sum(member.pss_mib or 0.0 for member in members)
         return ((metrics.TREE_PSS, total),) if total else ()
 
     def between(self) -> Iterable[Sample]:
         total = 0.0
-        for member in self._tree.members():
+        members = self._tree.members()
+        for member in members if members and members[0].pss_mib is not None else ():
             if member.pss_mib is not None:
                 total += max(member.pss_mib + member.rss_mib - member.pss_rss_mib, 0.0)
         return ((metrics.TREE_PSS, total),) if total else ()
 
-    def _read(self, member: Member) -> None:
+    def _read(self, member: Member) -> bool:
+        """Whether it may be read."""
         try:
             with open(f"{self._proc}/{member.pid}/smaps_rollup", "rb", buffering=0) as file:
                 text = file.read(4096)
         except (PermissionError, FileNotFoundError):
-            member.pss_mib = member.pss_rss_mib = member.rss_mib
-            return
+            return False
         except OSError:
-            return  # it has just died
+            return True  # it has just died
         pss, rss = field_kib(text, b"\nPss:"), field_kib(text, b"\nRss:")
         if pss is not None and rss is not None:
             member.pss_mib, member.pss_rss_mib = pss, rss
+        return True

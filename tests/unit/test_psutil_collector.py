@@ -25,7 +25,7 @@ def child():
 @pytest.mark.parametrize("platform", ["darwin", "win32"])
 def test_other_platforms(platform):
     """One collector; what these systems do not have is absent, not zero."""
-    found, limit_source = collectors.build(os.getpid(), platform=platform)
+    found, sight = collectors.build(os.getpid(), platform=platform)
     (collector,) = found
     assert isinstance(collector, PsutilCollector)
     values = dict(collector.collect(10**9))
@@ -35,7 +35,7 @@ def test_other_platforms(platform):
     }  # fmt: skip
     assert 5 < values[metrics.RSS] <= values[metrics.TREE_RSS_SUM]
     assert 0 < values[metrics.CONTAINER_HEADROOM] < 100
-    assert limit_source() == "physical memory"
+    assert sight.limit_source() == "physical memory"
     assert list(collector.high_water()) == []
     collector.close()
 

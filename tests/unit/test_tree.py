@@ -156,6 +156,17 @@ def test_pss_that_may_not_be_read(proc):
     assert look(PssCollector(tree, proc.path)) == {metrics.TREE_PSS: 470.0}
 
 
+def test_pss_of_the_training_process_that_may_not_be_read(proc):
+    """Without that of the training process there is no PSS: RSS must not pass for it, not even between readings."""
+    proc.add(5000, parent=PID, rss_mib=70.0, pss_mib=1.0)
+    tree = TreeCollector(PID, proc=proc.path)
+    look(tree)
+    os.unlink(f"{proc.path}/{PID}/smaps_rollup")
+    pss = PssCollector(tree, proc.path)
+    assert look(pss) == {}
+    assert list(pss.between()) == []
+
+
 def test_pss_is_stale_when_the_tree_has_changed(proc):
     """Processes that come or go, or memory that moves by a twentieth, ask for a new reading; smaller moves do not."""
     tree = TreeCollector(PID, proc=proc.path)
@@ -187,7 +198,7 @@ def test_meaning_of_the_sums():
 
 def test_all_collectors_of_this_process():
     """On the real /proc, everything that is on by default and can be had here is there after one look at each."""
-    found, limit_source = collectors.build(os.getpid())
+    found, sight = collectors.build(os.getpid())
     latest = {}
     for collector in found:
         latest.update(collector.collect(10**9))
@@ -195,7 +206,7 @@ def test_all_collectors_of_this_process():
     assert {metrics.RSS, metrics.TREE_PSS, metrics.TREE_RSS_SUM, metrics.TREE_PROCESSES} <= set(latest)
     assert {metrics.HOST_AVAILABLE, metrics.CONTAINER_LIMIT, metrics.CONTAINER_HEADROOM} <= set(latest)
     assert latest[metrics.TREE_PSS] <= latest[metrics.TREE_RSS_SUM] + 1.0
-    assert limit_source()
+    assert sight.limit_source()
 
 
 def test_pss_between_two_readings(proc):
