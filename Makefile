@@ -10,7 +10,11 @@ export MLFLOW_DISABLE_TELEMETRY = true
 export DO_NOT_TRACK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench soak wheel clean
+.PHONY: help demo test lint bench soak fuzz wheel clean
+
+# For how long, and where findings and what was tried are left.
+FUZZ_SECONDS ?= 1200
+FUZZ_DIR ?= test-artifacts/fuzz
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +41,18 @@ test: $(READY)  ## every test but the slow ones
 
 soak: $(READY)  ## the slow tests: long runs, outages, many workers
 	@MPLBACKEND=Agg $(BIN)/python -m pytest -m slow --timeout=1800 $(PYTEST_ARGS)
+
+fuzz: $(VENV)/.fuzz  ## broken recordings, guided by coverage: 20 minutes, or FUZZ_SECONDS
+	@mkdir -p $(FUZZ_DIR)/tried
+	@PYTHONPATH=.:integrations $(BIN)/python -m tests.fuzz.seeds $(FUZZ_DIR)/tried
+	@PYTHONPATH=.:integrations $(BIN)/python -m tests.fuzz.fuzz_recording $(FUZZ_DIR)/tried tests/fuzz/corpus \
+	  -max_total_time=$(FUZZ_SECONDS) -timeout=10 -rss_limit_mb=1024 -max_len=4096 \
+	  -artifact_prefix=$(FUZZ_DIR)/ -print_final_stats=1
+
+# atheris has wheels for CPython 3.11 to 3.13 on Linux only, so it is not part of `dev`.
+$(VENV)/.fuzz: $(READY)
+	@$(PIP) install --group fuzz
+	@touch $@
 
 lint: $(READY)  ## ruff, mypy --strict, import-linter
 	@$(BIN)/ruff format --check --quiet . || { echo "run: $(BIN)/ruff format ."; exit 1; }

@@ -51,8 +51,9 @@ def start(
         metrics: Which series the trackers get: ``"default"``, ``"all"``, or names and prefixes of names.
         cpu_budget: Share of one core that the agent may take, in percent. Default 0.2.
         tick: Time between two samples while memory moves. Default 0.1 s.
-        stacks: Whose Python stack is taken at new peaks and when the limit is near: ``"main"`` (the thread that the
-            kernel signals, nearly always the main one), ``"all"`` threads, or ``"off"``. Default ``"main"``.
+        stacks: Whose Python stack is taken at new peaks and when the limit is near: that of the ``"main"`` thread, of
+            ``"all"`` threads, or ``"off"``. Default ``"main"``. The agent reads it from the memory of this process,
+            where the kernel lets it; with ``"off"`` it never opens that.
         end_run: Whether a tracker's run that is still running when this process has died is ended, as failed or killed.
             Default True.
         keep, keep_days: How many finished, delivered recordings stay in the folder, and for how many days. Default 20
@@ -136,7 +137,7 @@ def mark(name: str, value: float = 0.0) -> None:
 def gauge(name: str, value: float) -> None:
     """Set a gauge of your own, such as an allocator's counter; the agent samples it once a second from then on.
 
-    ``name`` carries scope and unit, as in ``"memory/cache/used_mib"``. At most 61 of them. Never raises. Thread-safe.
+    ``name`` carries scope and unit, as in ``"memory/cache/used_mib"``. At most 60 of them. Never raises. Thread-safe.
     """
     marks = active.marks
     if marks is not None:

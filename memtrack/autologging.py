@@ -95,7 +95,7 @@ def _follow(tracker: str, *, asked_for: bool) -> None:
     except MissingDependencyError as exc:
         if asked_for:
             raise
-        if find_spec(tracker) is not None:
+        if find_spec(registry.MODULES.get(tracker, tracker)) is not None:
             warn_once(f"autolog {tracker}", f"{exc}.")
 
 

@@ -64,4 +64,8 @@ class DeliveryError(MemtrackError, OSError):
 
 
 class RejectedError(DeliveryError):
-    """A tracker refused the batch for good."""
+    """A tracker refused the batch for good. ``run_gone``: because of the run, so that no other batch will be taken."""
+
+    def __init__(self, message: str, *, run_gone: bool = False) -> None:
+        super().__init__(message)
+        self.run_gone = run_gone

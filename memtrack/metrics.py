@@ -47,6 +47,7 @@ SELF_CPU = "memory/self/cpu_pct"
 SELF_LATENESS = "memory/self/lateness_ms"
 SELF_MERGED = "memory/self/merged"
 SELF_DROPPED = "memory/self/dropped"
+SELF_UNDELIVERED = "memory/self/undelivered"
 
 MIB = float(1 << 20)
 
@@ -124,6 +125,7 @@ TABLE: tuple[Metric, ...] = (
     Metric(SELF_LATENESS, "ms", "how late samples were taken"),
     Metric(SELF_MERGED, "1", "windows merged so far because the recording was full"),
     Metric(SELF_DROPPED, "1", "marks, metrics and phases that found no room so far"),
+    Metric(SELF_UNDELIVERED, "1", "windows that wait for the tracker that is furthest behind"),
 )
 
 BY_NAME: dict[str, Metric] = {metric.name: metric for metric in TABLE}

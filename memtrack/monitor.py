@@ -9,36 +9,38 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from memtrack import config
+from memtrack import config, metrics
+from memtrack.agent import trainer
+from memtrack.agent.handover import Handover
+from memtrack.agent.keeper import Keeper
 from memtrack.agent.launch import AgentHandle, spawn
-from memtrack.collectors.procfs import program_name, start_ticks
+from memtrack.collectors.procfs import program_name
 from memtrack.errors import MemtrackError, MonitorError, RecordingError
 from memtrack.notices import warn_once
 from memtrack.recording import layout
+from memtrack.recording.descriptor import StdioTaken
 from memtrack.recording.marks import MarkWriter
 from memtrack.recording.reader import RecordingReader
+from memtrack.recording.standing import boot_id, pid_namespace
 from memtrack.recording.writer import create
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
+    from typing import TypeVar
 
     from memtrack.analysis.summary import Summary
     from memtrack.config import Settings
     from memtrack.sinks.base import RunFigures, Sink
     from memtrack.sinks.relay import Feed, Relay
 
+    Found = TypeVar("Found")
+
 EXIT_TIMEOUT_S = 2.0
 """The most that memtrack delays the end of a run or of the process, whatever the tracker does."""
 
 AGENT_TIMEOUT_S = 0.4
 """The part of it that is kept for the agent, which takes some 10 ms."""
-
-SILENT_NS = 3 * 10**9
-"""An agent from which there is no sign of life for so long is looked after. Five ticks of the slowest cadence."""
-
-RESTARTS = 5
-"""How often an agent is started again: one that keeps dying is not worth more."""
 
 
 class Active:
@@ -96,21 +98,32 @@ class Monitor:
         self.settings = settings
         self._own = pid is None
         self._pid = os.getpid() if pid is None else pid
+        trainer.check_interpreter()
+        self._has_stacks = self._own and settings.stacks != "off" and trainer.has_readable_stacks()
         if self._own and active.monitor is not None:
             raise MonitorError(
                 "this process is being monitored already. Stop that monitor first, or use memtrack.autolog(), "
                 "which may be called twice."
             )
-        self.path = self._create_recording()
+        try:
+            self.path = self._create_recording()
+        except MemoryError:
+            raise RecordingError("cannot make a recording: Cannot allocate memory. See: ulimit -v") from None
         """Path of the recording."""
         self._stopped = False
-        self._restarting = threading.Lock()
-        self._restarts_left = RESTARTS
+        self._last_summary: Summary | None = None
         self._relay: Relay | None = None
         self._attached: list[Attached] = []
-        self._marks, self._reader, self._agent = self._launch()
+        with StdioTaken():
+            self._handover = Handover()
+            self._handover.put({})
+            self._marks, self._reader, self._agent = self._launch()
+        self._keeper = Keeper(
+            self._marks, self._reader, lambda: self._spawn(self._agent), lambda: self._stopped or self._foreign()
+        )
         self._marks.wake = self._on_phase
         if self._own:
+            trainer.stop_those_before(self.path, self._reader.fields)
             active.monitor, active.marks = self, self._marks
             atexit.register(self._at_exit)
 
@@ -123,8 +136,9 @@ class Monitor:
             raise MonitorError("the monitor has stopped, or is that of the parent process; start another one")
         if self._relay is None:
             self._relay = self._make_relay()
+        first = self._reader.head().windows
         self._request_cut()
-        attached = Attached(self, self._relay.add(sink, time.monotonic_ns()))
+        attached = Attached(self, self._relay.add(sink, time.monotonic_ns(), first))
         # a process may make thousands of runs: those that are done need not be remembered
         self._attached = [other for other in self._attached if not other.done] + [attached]
         return attached
@@ -134,17 +148,28 @@ class Monitor:
         if self._stopped or self._foreign():
             return all(attached.done for attached in self._attached)
         deadline = time.monotonic() + timeout_s
-        self._await_cut(self._request_cut(), timeout_s)
-        return self._relay is None or self._relay.flush(max(deadline - time.monotonic(), 0.0))
+        try:
+            self._await_cut(self._request_cut(), timeout_s)
+            return self._relay is None or self._relay.flush(max(deadline - time.monotonic(), 0.0))
+        except Exception as exc:
+            warn_once("flush", f"memtrack could not deliver what there is ({exc}).")
+            return False
 
     def summary(self) -> Summary:
-        """What the recording comes to so far. ``str()`` of it is a few lines of text."""
-        from memtrack.analysis.summary import summarise
+        """What the recording comes to so far. ``str()`` of it is a few lines of text.
 
-        if not self._stopped and not self._foreign():
-            self._await_cut(self._request_cut(), 0.5)
-        with RecordingReader(self.path) as reader:
-            return summarise(reader)
+        Never raises: if the recording has been removed or damaged, it is of what could be read last.
+        """
+        from memtrack.analysis.summary import Summary, summarise
+        from memtrack.sinks.base import RunFigures
+
+        try:
+            if not self._stopped and not self._foreign():
+                self._await_cut(self._request_cut(), 0.5)
+            return self._last_summary or self._read(summarise)
+        except Exception as exc:
+            warn_once("summary", f"memtrack cannot sum up ({exc}).")
+            return Summary(RunFigures())
 
     def stop(self) -> None:
         """Deliver what is left, end the agent, close the recording. Takes 2 s at the most; never raises."""
@@ -152,7 +177,15 @@ class Monitor:
 
     def _at_exit(self) -> None:
         """The interpreter ends. The agent stays for the little while until the process has, to see how."""
-        self._end_monitoring(lambda _: self._marks.say_farewell(_farewell()))
+
+        def leave(deadline: float) -> None:
+            self._marks.say_farewell(trainer.farewell())
+            if os.getpid() == 1:
+                # with the first process of a container the kernel kills all others: there is nothing to stay for
+                self._stop_agent(deadline)
+
+        self._end_monitoring(leave)
+        trainer.stay_interrupted()
 
     def _end_monitoring(self, part: Callable[[float], None]) -> None:
         if self._stopped:
@@ -171,10 +204,25 @@ class Monitor:
                 # before the agent goes: what is undelivered then is its to deliver
                 self._relay.close(max(deadline - AGENT_TIMEOUT_S - time.monotonic(), 0.0))
             part(deadline)
+            self._keeper.tell()
+            self._keep_summary()
         except Exception as exc:
             warn_once("stop", f"memtrack could not stop in order ({type(exc).__name__}: {exc}).")
+        # they refer to this monitor, which would keep the file open until the next collection
+        self._marks.wake = None
+        self._keeper.close()
         self._agent.close()
+        self._handover.close()
         self._reader.close()
+
+    def _keep_summary(self) -> None:
+        """Sum up now, if the recording cannot be opened any more afterwards."""
+        try:
+            RecordingReader(self.path).close()
+        except RecordingError:
+            from memtrack.analysis.summary import summarise
+
+            self._last_summary = summarise(self._reader)
 
     def _stop_agent(self, deadline: float) -> None:
         self._marks.request_stop()
@@ -204,30 +252,9 @@ class Monitor:
         """A phase has begun or ended. Called with the lock of the marks held."""
         if not is_quiet:
             self._agent.wake()
-        if self._marks.silence_ns() > SILENT_NS and self._restarts_left:
+        if self._keeper.is_needed:
             # in a thread of its own: starting a process takes 20 ms, which no phase should be longer for
-            threading.Thread(target=self._look_after_agent, name="memtrack-restart", daemon=True).start()
-
-    def _look_after_agent(self) -> None:
-        """Start the agent again if it was killed. Called now and then by the relay, and by phases. Never raises."""
-        if self._marks.silence_ns() <= SILENT_NS or not self._restarts_left:
-            return
-        if not self._restarting.acquire(blocking=False):
-            return
-        try:
-            if self._stopped or self._foreign():
-                return
-            self._restarts_left -= 1
-            # should the old one only stand still, the new one finds the recording locked and leaves
-            self._spawn(self._agent)
-            deadline = time.monotonic() + 1.0
-            while self._marks.silence_ns() > SILENT_NS and time.monotonic() < deadline:
-                time.sleep(0.01)
-        except Exception as exc:
-            self._restarts_left = 0
-            warn_once("restart", f"memtrack's agent has gone and could not be started again ({exc}).")
-        finally:
-            self._restarting.release()
+            threading.Thread(target=self._keeper.look, name="memtrack-restart", daemon=True).start()
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
@@ -237,7 +264,8 @@ class Monitor:
         fields = {
             "size": str(self.settings.recording_bytes),
             "pid": str(self._pid),
-            "start_ticks": str(_start_ticks(self._pid)),
+            "own": str(int(self._own)),
+            "start_ticks": str(trainer.start_ticks_of(self._pid)),
             "boot_id": boot_id(),
             "program": program_name(self._pid),
             "wall_ns": str(time.time_ns()),
@@ -248,6 +276,10 @@ class Monitor:
             "end_run": str(int(self.settings.end_run)),
             "keep": str(self.settings.keep),
             "keep_days": repr(self.settings.keep_days),
+            "metrics": trainer.choice(self.settings.metrics),
+            "pid_ns": pid_namespace(),
+            "stacks": self.settings.stacks if self._has_stacks else "off",
+            "python": f"{sys.version_info[0]}.{sys.version_info[1]}",
         }
         for attempt in range(100):
             path = os.path.join(folder, f"{name}{f'-{attempt}' if attempt else ''}.mtk")
@@ -264,7 +296,7 @@ class Monitor:
             opened.append(reader := RecordingReader(self.path))
             return marks, reader, self._spawn()
         except BaseException as exc:
-            for part in opened:
+            for part in (*opened, self._handover):
                 part.close()
             os.unlink(self.path)
             if isinstance(exc, OSError) and not isinstance(exc, MemtrackError):
@@ -272,25 +304,53 @@ class Monitor:
             raise
 
     def _spawn(self, before: AgentHandle | None = None) -> AgentHandle:
-        return spawn(self.path, before=before)
+        path = self.path if before is None else self._way_in()
+        memory_fd = trainer.open_memory() if self._has_stacks else -1
+        try:
+            return spawn(path, self._handover.fd, memory_fd, before=before)
+        finally:
+            if memory_fd >= 0:
+                os.close(memory_fd)
+
+    def _way_in(self) -> str:
+        """A path at which the recording can be opened, also when somebody has removed it."""
+        fd = self._reader.fileno()
+        try:
+            if fd < 0 or os.path.samestat(os.stat(self.path), os.fstat(fd)):
+                return self.path
+        except OSError:
+            pass
+        return f"/proc/{os.getpid()}/fd/{fd}"
 
     def _make_relay(self) -> Relay:
-        # imported here: who has no sink needs no thread and no queue
+        # imported here: who has no sink needs no thread and no queue. What sums up at a run's end comes along, because
+        # then there may be no descriptor left to read a module with
+        import memtrack.analysis.summary  # noqa: F401
         from memtrack.sinks.relay import Relay
 
-        return Relay(
-            self.path,
-            flush_interval_s=self.settings.flush_interval_s,
-            metrics=self.settings.metrics,
-            figures=self._figures,
-            on_turn=self._look_after_agent,
-        )
+        with StdioTaken():
+            return Relay(
+                self._way_in(),
+                flush_interval_s=self.settings.flush_interval_s,
+                metrics=self.settings.metrics,
+                figures=self._figures,
+                hand_over=self._handover.put,
+                on_turn=self._keeper.look,
+                on_lag=lambda windows: self._marks.gauge(metrics.SELF_UNDELIVERED, windows),
+            )
 
     def _figures(self, start_ns: int, end_ns: int | None) -> RunFigures:
         from memtrack.analysis.summary import figures_of
 
-        with RecordingReader(self.path) as reader:
-            return figures_of(reader, start_ns, end_ns)
+        return self._read(lambda reader: figures_of(reader, start_ns, end_ns))
+
+    def _read(self, what: Callable[[RecordingReader], Found]) -> Found:
+        """What can be read from the recording, also when it has been removed or no file can be opened any more."""
+        try:
+            return what(self._reader)
+        except RecordingError:  # it is closed: the monitor has stopped
+            with RecordingReader(self.path) as reader:
+                return what(reader)
 
     def _end(self, feed: Feed, timeout_s: float) -> bool:
         if feed.done.is_set() or self._relay is None or self._foreign():
@@ -318,38 +378,3 @@ class Monitor:
             if self._reader.head().state in (layout.STOPPED, layout.ENDED):
                 return
             time.sleep(0.002)
-
-
-def _farewell() -> dict[str, str]:
-    """What Python knows of how it ends. No message of an exception: it may hold anything."""
-    kind = getattr(sys, "last_type", None)
-    if kind is None or hasattr(sys, "ps1"):
-        return {"how": "exit"}
-    fields = {"how": "exception", "type": kind.__qualname__, "module": kind.__module__}
-    trace = getattr(sys, "last_traceback", None)
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    if trace is not None:
-        code = trace.tb_frame.f_code
-        fields["where"] = f"{code.co_filename}:{trace.tb_lineno} {code.co_name}"
-    return fields
-
-
-def _start_ticks(pid: int) -> int:
-    if sys.platform != "linux":
-        return 0
-    try:
-        return start_ticks(pid)
-    except (FileNotFoundError, ProcessLookupError) as exc:
-        raise MonitorError(f"there is no process {pid}") from exc
-    except OSError as exc:
-        raise MonitorError(f"cannot look at process {pid}: {exc.strerror}") from exc
-
-
-def boot_id() -> str:
-    """What names this boot of the machine; "" where there is no such thing."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            return file.read().strip()
-    except OSError:
-        return ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 _said: set[str] = set()
 
 
-def warn_once(key: str, message: str) -> None:
+def warn_once(key: str, message: str, consequence: str = " Training goes on, with less telemetry.") -> None:
     """Log a warning on the logger ``memtrack``, unless one with this key was logged before in this process."""
     if key in _said:
         return
@@ -13,7 +13,7 @@ def warn_once(key: str, message: str) -> None:
     # imported here: a process that never has to be warned does without it
     import logging
 
-    logging.getLogger("memtrack").warning("%s Training goes on, with less telemetry.", message)
+    logging.getLogger("memtrack").warning("%s%s", message, consequence)
 
 
 def forget() -> None:

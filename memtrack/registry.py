@@ -15,15 +15,22 @@ if TYPE_CHECKING:
     from typing import Any
 
 SINKS = {
+    "comet": ("memtrack_comet:CometSink", "comet"),
     "jsonl": ("memtrack.sinks.jsonl:JsonLinesSink", ""),
     "mlflow": ("memtrack_mlflow:MlflowSink", "mlflow"),
+    "wandb": ("memtrack_wandb:WandbSink", "wandb"),
 }
 """Name of a sink -> (module:class, extra that brings what it needs)."""
 
 AUTOLOG = {
+    "comet": ("memtrack_comet:autolog", "comet"),
     "mlflow": ("memtrack_mlflow:autolog", "mlflow"),
+    "wandb": ("memtrack_wandb:autolog", "wandb"),
 }
 """Name of a tracker -> (module:function that follows its runs, extra)."""
+
+MODULES = {"comet": "comet_ml"}
+"""What to import of a tracker whose module has another name."""
 
 
 def sink_names() -> list[str]:

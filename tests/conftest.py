@@ -60,7 +60,7 @@ FAULTS = pytest.StashKey[list[tuple[str, str, str]]]()
 
 @pytest.fixture
 def fault(request):
-    """Notes a fault that a test has injected: ``fault(what, lost, delay_s)``, in the table that the suite leaves behind.
+    """Notes a fault that a test has injected, ``fault(what, lost, delay_s)``, in the table that the suite leaves.
 
     ``lost`` says in words what was lost; ``delay_s`` is how much longer the training process took than without memtrack
     or without the fault: 2 s at the most, at its exit only.

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     Attach = Callable[[Callable[[], MlflowSink]], Any]
 
 FLUENT = "mlflow.tracking.fluent"
+STATUSES = ("FINISHED", "FAILED", "KILLED")
 
 
 class _Follower:
@@ -29,6 +30,7 @@ class _Follower:
         self._attach = attach
         # by process too: what a forked child finds here is its parent's
         self._attached: dict[tuple[int, str], Any] = {}
+        self._sinks: dict[tuple[int, str], MlflowSink] = {}
         self._patched: list[tuple[type, str, Any, Any]] = []
         self._off = False
 
@@ -71,7 +73,7 @@ class _Follower:
     def _around_end(self, original: Any) -> Any:
         def set_terminated(client: Any, run_id: Any, *args: Any, **kwargs: Any) -> Any:
             # first, so that a run that is marked finished is complete
-            self._ended(run_id)
+            self._ended(run_id, (args[0] if args else kwargs.get("status")) or "FINISHED")
             return original(client, run_id, *args, **kwargs)
 
         return set_terminated
@@ -82,10 +84,18 @@ class _Follower:
         # no lock: a forked child might find it held by a thread that it does not have
         if self._off or self._attached.setdefault(key, claim) is not claim:
             return
-        self._attached[key] = self._attach(lambda: MlflowSink(run_id=info.run_id, start_time_ms=info.start_time))
 
-    def _ended(self, run_id: str) -> None:
-        attached = self._attached.pop((os.getpid(), run_id), None)
+        def make() -> MlflowSink:
+            sink = self._sinks[key] = MlflowSink(run_id=info.run_id, start_time_ms=info.start_time)
+            return sink
+
+        self._attached[key] = self._attach(make)
+
+    def _ended(self, run_id: str, status: str = "") -> None:
+        key = (os.getpid(), run_id)
+        attached, sink = self._attached.pop(key, None), self._sinks.pop(key, None)
+        if sink is not None and status in STATUSES:
+            sink.ending(status)
         if hasattr(attached, "detach"):
             attached.detach()
 
@@ -103,5 +113,6 @@ def autolog(attach: Attach) -> Callable[[], None]:
     else:
         import wrapt  # half a MiB, for nothing if MLflow is there already
 
-        wrapt.register_post_import_hook(follower.install, FLUENT)
+        # by the name of the package: Comet, once imported, claims the import of the module itself before wrapt sees it
+        wrapt.register_post_import_hook(lambda _: follower.install(sys.modules[FLUENT]), "mlflow")
     return follower.remove

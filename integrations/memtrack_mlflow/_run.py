@@ -12,8 +12,8 @@ from memtrack.errors import DeliveryError, RejectedError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-REFUSED = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED", "INVALID_STATE", "NOT_FOUND"}
-"""Error codes of MLflow's own that no repetition will change."""
+REFUSED = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE", "NOT_FOUND"}
+"""Error codes of MLflow's own that no repetition will change. A permission that is lacking can be given."""
 
 
 class Value(NamedTuple):
@@ -26,17 +26,27 @@ class Value(NamedTuple):
     step: int
 
 
+class RunState(NamedTuple):
+    """How a run stands."""
+
+    status: str
+    """``RUNNING``, ``FINISHED``, ``FAILED``, ``KILLED`` or ``SCHEDULED``."""
+    start_time_ms: int
+    """When it began, in milliseconds of Unix time."""
+    is_deleted: bool
+
+
 class RunWriter(Protocol):
     """What the sink does to a run. All raise DeliveryError, or RejectedError where trying again is pointless."""
 
     def log(self, metrics: Sequence[Value], tags: Mapping[str, str]) -> None:
         """Log at most 1000 values, and tags."""
 
-    def start_time_ms(self) -> int:
-        """When the run began, in milliseconds of Unix time."""
+    def state(self) -> RunState:
+        """How the run stands now."""
 
-    def finish(self, end_time_ms: int) -> None:
-        """Mark the run finished."""
+    def finish(self, end_time_ms: int, status: str = "FINISHED") -> None:
+        """Mark the run ended."""
 
 
 def run_writer(client: Any, run_id: str) -> RunWriter:
@@ -74,11 +84,12 @@ class ServerRun:
             },
         )
 
-    def start_time_ms(self) -> int:
-        return int(self._call("GET", "get", params={"run_id": self._run_id})["run"]["info"]["start_time"])
+    def state(self) -> RunState:
+        info = self._call("GET", "get", params={"run_id": self._run_id})["run"]["info"]
+        return RunState(info["status"], int(info["start_time"]), info.get("lifecycle_stage") == "deleted")
 
-    def finish(self, end_time_ms: int) -> None:
-        self._call("POST", "update", json={"run_id": self._run_id, "status": "FINISHED", "end_time": end_time_ms})
+    def finish(self, end_time_ms: int, status: str = "FINISHED") -> None:
+        self._call("POST", "update", json={"run_id": self._run_id, "status": status, "end_time": end_time_ms})
 
     def _call(self, method: str, endpoint: str, **what: Any) -> Any:
         try:
@@ -92,9 +103,9 @@ class ServerRun:
                 **what,
             )
         except Exception as exc:
-            raise DeliveryError(f"no answer from the tracking server: {_reason(exc)}") from exc
+            raise DeliveryError(f"no answer from the tracking server: {reason(exc)}") from exc
         try:
-            answer = json.loads(response.text or "{}")
+            answer = json.loads(response.text)  # a proxy that answers nothing has not delivered anything
         except ValueError:
             answer = None
         if response.status_code == 200 and answer is not None:
@@ -118,11 +129,12 @@ class ClientRun:
             tags=[self._entities.RunTag(key, value) for key, value in tags.items()],
         )
 
-    def start_time_ms(self) -> int:
-        return int(translate(self._client.get_run, self._run_id).info.start_time)
+    def state(self) -> RunState:
+        info = translate(self._client.get_run, self._run_id).info
+        return RunState(info.status, int(info.start_time), info.lifecycle_stage == "deleted")
 
-    def finish(self, end_time_ms: int) -> None:
-        translate(self._client.set_terminated, self._run_id, "FINISHED", end_time_ms)
+    def finish(self, end_time_ms: int, status: str = "FINISHED") -> None:
+        translate(self._client.set_terminated, self._run_id, status, end_time_ms)
 
 
 def translate(call: Any, *args: Any, **kwargs: Any) -> Any:
@@ -151,7 +163,7 @@ def _error(code: str) -> type[DeliveryError]:
     return RejectedError if code in REFUSED else DeliveryError
 
 
-def _reason(exc: BaseException) -> str:
+def reason(exc: BaseException) -> str:
     """The innermost cause. It says what happened in a few words, and names no URL, which might hold a password."""
     while (inner := exc.__cause__ or exc.__context__ or _last_argument(exc)) is not None:
         exc = inner

@@ -7,9 +7,10 @@ from importlib import import_module
 from time import time
 from typing import TYPE_CHECKING, Any
 
-import memtrack
-from memtrack.errors import DeliveryError, MissingDependencyError
-from memtrack_mlflow._run import Value, run_writer, translate
+from memtrack.errors import DeliveryError, MissingDependencyError, RejectedError
+from memtrack_mlflow import _where
+from memtrack_mlflow._figures import numbers_of, status_of, tags_of
+from memtrack_mlflow._run import Value, reason, run_writer, translate
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -36,7 +37,8 @@ class MlflowSink:
     value) once, so a batch may be repeated.
 
     Args:
-        run_id: The run to feed. Its server is the one that ``mlflow.get_tracking_uri()`` names now.
+        run_id: The run to feed.
+        tracking_uri: Where the run is; default where ``mlflow.get_tracking_uri()`` says now.
         start_time_ms: When that run began, in milliseconds of Unix time. Asked of MLflow if it is not given.
         recording: Path of the recording; not used.
 
@@ -45,10 +47,23 @@ class MlflowSink:
         DeliveryError: MLflow could not make a run.
     """
 
-    def __init__(self, *, run_id: str | None = None, start_time_ms: int | None = None, recording: str = "") -> None:
+    name = "mlflow"
+
+    def __init__(
+        self,
+        *,
+        run_id: str | None = None,
+        start_time_ms: int | None = None,
+        recording: str = "",
+        tracking_uri: str | None = None,
+    ) -> None:
         mlflow = _mlflow()
-        client = mlflow.MlflowClient(tracking_uri=mlflow.get_tracking_uri())
+        uri = tracking_uri or mlflow.get_tracking_uri()
+        client = mlflow.MlflowClient(tracking_uri=uri)
+        self._uri = _where.absolute(uri)
         self._owned = False
+        self._finished = False
+        self._ending = ""
         if run_id is None:
             run = mlflow.active_run()
             if run is None and not os.environ.get("MLFLOW_RUN_ID"):
@@ -64,19 +79,72 @@ class MlflowSink:
     def key(self) -> str:
         return f"mlflow:{self.run_id}"[:40]
 
+    @property
+    def target(self) -> dict[str, str]:
+        found = {"run_id": self.run_id, "uri": _where.public(self._uri)}
+        if self._start_ms is not None:
+            found["start_time_ms"] = str(self._start_ms)
+        if self._owned:
+            found["owned"] = "1"
+        if self._ending:
+            found["status"] = self._ending
+        return found
+
+    def environment(self) -> dict[str, str]:
+        """What is set now: a token may have been set, or exchanged, since the process began."""
+        return _where.environment(self._uri)
+
+    @classmethod
+    def reopen(cls, target: dict[str, str]) -> MlflowSink:
+        """A sink for the same run from another process; no run becomes active."""
+        uri = _where.known(target["uri"])
+        _where.check_there(uri)
+        start_ms = target.get("start_time_ms")
+        try:
+            sink = cls(
+                run_id=target["run_id"], start_time_ms=None if start_ms is None else int(start_ms), tracking_uri=uri
+            )
+        except MissingDependencyError:
+            raise
+        except Exception as exc:
+            # not refused: this process may lack what the other one had
+            raise DeliveryError(f"MLflow cannot open its store: {reason(exc)}") from exc
+        sink._owned = "owned" in target
+        sink._ending = target.get("status", "")
+        return sink
+
+    def ending(self, status: str) -> None:
+        """The user's code ends the run with this status. Should MLflow not be able to note it, ``conclude`` will."""
+        self._ending = status
+
     def write(self, batch: Batch) -> None:
-        points = list(batch.points())
-        for first in range(0, len(points), MAX_METRICS):
-            self._run.log(self._values(points[first : first + MAX_METRICS]), {})
+        try:
+            points = list(batch.points())
+            for first in range(0, len(points), MAX_METRICS):
+                self._run.log(self._values(points[first : first + MAX_METRICS]), {})
+        except RejectedError as exc:
+            raise RejectedError(str(exc), run_gone=self._is_gone()) from exc
 
     def finish(self, figures: RunFigures) -> None:
-        timestamp_ms = round(1000 * time())
-        tags = {f"memtrack.{key}": value for key, value in _tags(figures).items()}
-        metrics = [Value(SUMMARY + key, value, timestamp_ms, 0) for key, value in _numbers(figures).items()]
+        timestamp_ms = round(1000 * (figures.end_wall_s or time()))
+        tags = {f"memtrack.{key}": value for key, value in tags_of(figures).items()}
+        metrics = [Value(SUMMARY + key, value, timestamp_ms, 0) for key, value in numbers_of(figures).items()]
         self._run.log(metrics, tags)
+        self._finished = True
+
+    def conclude(self, figures: RunFigures) -> None:
+        """End the run, if it is still running, as the user's code or else the verdict says.
+
+        A run that the user's code has left open when it came to a good end stays open.
+        """
+        owned, self._owned = self._owned, False
+        status = self._ending or status_of(figures) or ("FINISHED" if owned else "")
+        if status and self._run.state().status == "RUNNING":
+            self._run.finish(round(1000 * (figures.end_wall_s or time())), status)
 
     def close(self) -> None:
-        if self._owned:
+        # one that has not got everything is ended by who delivers the rest
+        if self._owned and self._finished:
             self._owned = False
             try:
                 self._run.finish(round(1000 * time()))
@@ -86,12 +154,20 @@ class MlflowSink:
 
     def _values(self, points: Iterable[Point]) -> list[Value]:
         if self._start_ms is None:
-            self._start_ms = self._run.start_time_ms()
+            self._start_ms = self._run.state().start_time_ms
         start_ms = self._start_ms
         return [
             Value(PREFIX + name, value, timestamp_ms, max(timestamp_ms - start_ms, 0) // 1000)
             for name, value, timestamp_ms in points
         ]
+
+    def _is_gone(self) -> bool:
+        try:
+            return self._run.state().is_deleted
+        except RejectedError:
+            return True
+        except DeliveryError:
+            return False
 
 
 def _create_run(client: Any) -> Any:
@@ -99,35 +175,6 @@ def _create_run(client: Any) -> Any:
     fluent = import_module("mlflow.tracking.fluent")
     tags = import_module("mlflow.tracking.context.registry").resolve_tags()
     return client.create_run(experiment_id=fluent._get_experiment_id() or "0", tags=tags)
-
-
-def _numbers(figures: RunFigures) -> dict[str, float]:
-    """The final figures that are worth sorting runs by."""
-    found = {
-        "peak_rss_mib": figures.peak_rss_mib,
-        "peak_tree_pss_mib": figures.peak_tree_pss_mib,
-        "peak_step": figures.peak_step,
-        "headroom_min_pct": figures.headroom_min_pct,
-        "limit_mib": figures.limit_mib,
-        "agent_rss_mib": figures.agent_rss_mib,
-        "agent_cpu_pct": figures.agent_cpu_pct,
-    }
-    return {key: float(value) for key, value in found.items() if value is not None}
-
-
-def _tags(figures: RunFigures) -> dict[str, str]:
-    tags = {"version": memtrack.__version__, "windows": str(figures.windows), "dropped": str(figures.dropped)}
-    if figures.peak_rss_mib is not None:
-        tags["peak"] = f"{figures.peak_rss_mib:.1f} MiB ({figures.peak_label})"
-        tags["peak_phase"] = figures.peak_phase
-        if figures.peak_step is not None:
-            tags["peak_step"] = str(figures.peak_step)
-    if figures.limit_mib is not None and figures.headroom_min_pct is not None:
-        tags["limit"] = f"{figures.limit_mib:.0f} MiB ({figures.limit_source})"
-        tags["headroom_min"] = f"{figures.headroom_min_pct:.1f} %"
-    if figures.agent_rss_mib is not None and figures.agent_cpu_pct is not None:
-        tags["cost"] = f"agent {figures.agent_rss_mib:.1f} MiB, {figures.agent_cpu_pct:.2f} % of a core"
-    return tags
 
 
 def _mlflow() -> Any:

@@ -7,6 +7,7 @@ import sys
 from time import monotonic, sleep
 
 from memtrack.errors import AgentError
+from memtrack.recording.descriptor import Descriptor, above_stdio
 
 _ENTRY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "__main__.py")
 _START_TIMEOUT_S = 5.0
@@ -16,30 +17,39 @@ class AgentHandle:
     """The caller's end of a running agent: wakes it. Not shared with forked children: they drop it."""
 
     def __init__(self, wake_fd: int) -> None:
-        self.wake_fd = wake_fd
+        self._wake = Descriptor(wake_fd)
+
+    @property
+    def wake_fd(self) -> int:
+        """The descriptor; -1 if it is closed, by whomever."""
+        return self._wake.fd if self._wake.is_ours else -1
+
+    @wake_fd.setter
+    def wake_fd(self, fd: int) -> None:
+        self._wake = Descriptor(fd)
 
     def wake(self) -> None:
         """Let the agent look at the control words now. Never blocks, never raises."""
         try:
             # an eventfd, because writing to a pipe without reader may kill the process with SIGPIPE
-            os.write(self.wake_fd, (1).to_bytes(8, "little"))
+            if self._wake.is_ours:
+                os.write(self._wake.fd, (1).to_bytes(8, "little"))
         except OSError:
             pass
 
     def close(self) -> None:
         """Close the descriptor."""
-        if self.wake_fd >= 0:
-            os.close(self.wake_fd)
-            self.wake_fd = -1
+        self._wake.close()
 
 
 def spawn(
-    recording: str, handover_fd: int = -1, dump_fd: int = -1, *, before: AgentHandle | None = None
+    recording: str, handover_fd: int = -1, memory_fd: int = -1, *, before: AgentHandle | None = None
 ) -> AgentHandle:
     """Start the agent that fills ``recording``; returns in some 20 ms, when it is on its way, not when it is ready.
 
-    It gets an eventfd to be woken by as descriptor 0, ``handover_fd`` as 1 and ``dump_fd`` as 3; -1 is the null device.
-    The successor of an agent that has gone gets the eventfd of the one ``before``, whose handle stays good for it.
+    It gets an eventfd to be woken by as descriptor 0, ``handover_fd`` as 1 and ``memory_fd`` as 3; -1: the null device.
+    The successor of an agent that has gone gets the eventfd of the one ``before``, whose handle stays good for it; or a
+    new one, if somebody has closed that.
 
     The process is started with ``posix_spawn``, which does not copy the caller's page tables as ``fork`` does (0.36 s
     for 8 GB, and its pages stay pinned), and detaches itself, so that it is no child of the caller afterwards. Raises
@@ -50,14 +60,17 @@ def spawn(
         return _spawn_elsewhere(command)
     if before is not None and not hasattr(os, "eventfd"):
         raise AgentError("cannot start the agent again: this system has no eventfd")
-    try:
-        read_fd, wake_fd = _wake_pair() if before is None else (before.wake_fd, before.wake_fd)
-    except OSError as exc:
-        raise AgentError(f"cannot start the agent: {exc.strerror}") from exc
+    read_fd = wake_fd = -1 if before is None else before.wake_fd
+    if wake_fd < 0:
+        try:
+            read_fd, wake_fd = _wake_pair()
+        except (OSError, ImportError, MemoryError) as exc:  # no descriptor, no memory left
+            raise AgentError(f"cannot start the agent: {getattr(exc, 'strerror', '') or exc}") from exc
     handle = before or AgentHandle(wake_fd)
+    handle.wake_fd = wake_fd
     null = os.devnull
     actions: list[tuple[int, ...]] = [(os.POSIX_SPAWN_DUP2, read_fd, 0)]
-    for fd, number in ((handover_fd, 1), (dump_fd, 3)):
+    for fd, number in ((handover_fd, 1), (memory_fd, 3)):
         given = (os.POSIX_SPAWN_DUP2, fd, number)
         actions.append(given if fd >= 0 else (os.POSIX_SPAWN_OPEN, number, null, os.O_RDWR, 0))  # type: ignore[arg-type]
     if not os.environ.get("MEMTRACK_DEBUG"):
@@ -85,17 +98,6 @@ def _wake_pair() -> tuple[int, int]:
     read_fd, write_fd = os.pipe()
     os.set_blocking(write_fd, False)
     return read_fd, write_fd
-
-
-def above_stdio(fd: int) -> int:
-    """The same file behind a descriptor that is none of the numbers which the agent gets its own at."""
-    if fd > 3:
-        return fd
-    import fcntl
-
-    higher = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 4)
-    os.close(fd)
-    return higher
 
 
 def _reap(pid: int) -> None:

@@ -9,7 +9,7 @@ import sys
 from time import monotonic_ns, process_time_ns, time_ns
 
 from memtrack import collectors, metrics
-from memtrack.agent import aftermath
+from memtrack.agent import aftermath, exit_status
 from memtrack.agent.stacks import StackWatch
 from memtrack.agent.witness import Witness
 from memtrack.collectors.own import GaugeCollector, OwnCollector
@@ -26,9 +26,11 @@ if TYPE_CHECKING:
     from memtrack.recording.layout import Mark
     from memtrack.sampling.window import Row
 
-WAKE_FD, HANDOVER_FD, DUMP_FD = 0, 1, 3
+WAKE_FD, HANDOVER_FD, MEMORY_FD = 0, 1, 3
 """Descriptors that the agent is started with, see ``launch.spawn``."""
 LIMIT_NEAR_PCT = 5.0
+TIDY_AFTER_NS = 2_000_000_000
+"""When the folder is looked through, after the start: the training comes first."""
 _NAN = float("nan")
 
 
@@ -38,18 +40,20 @@ class Agent:
     def __init__(self, path: str, wake_fd: int = WAKE_FD) -> None:
         with open(path, "rb") as file:
             fields = layout.unpack_header(file.read(layout.PAGE), path)
+        self._path = path
         self._pid = int(fields["pid"])
         self._start_ticks = int(fields["start_ticks"])
         self._writer = RecordingWriter(path)
         self._marks = self._writer.marks
         self._wake_fd = wake_fd
         self._pid_fd = self._open_pid()
-        self._stacks = StackWatch(self._writer, self._pid, self._pid_fd, int(fields.get("stack_signal", "0")), DUMP_FD)
-        self._witness = Witness(self._pid, self._pid_fd, monotonic_ns())
+        self._stacks = StackWatch(self._writer, self._pid, fields, _given_memory())
         own = OwnCollector(process_time_ns, self._counters)
         now_ns = monotonic_ns()
         self._budget = Budget(float(fields["cpu_budget_pct"]) / 100.0, now_ns, 0)
-        found, self._limit_source = collectors.build(self._pid, exclude=os.getpid())
+        found, sight = collectors.build(self._pid, exclude=os.getpid())
+        self._limit_source = sight.limit_source
+        self._witness = Witness(self._writer, self._pid, self._start_ticks, self._pid_fd, sight, now_ns)
         self._sampler = Sampler(
             [*found, GaugeCollector(self._marks.gauges), own],
             self._marks,
@@ -68,6 +72,7 @@ class Agent:
         self._limit_near = False
         self._quiet = False
         self._late_max_ms = 0.0
+        self._tidy_ns = now_ns + TIDY_AFTER_NS
         if not self._writer.fresh:
             self._go_on(path)
         self._writer.event("start", now_ns, text=f"agent {os.getpid()} watches {self._pid}")
@@ -84,12 +89,16 @@ class Agent:
         while state == RUNNING:
             wait_ms = max((self._sampler.due_ns - monotonic_ns()) / 1e6, 0.0)
             ready = [fd for fd, _ in poll.poll(wait_ms)] if poll is not None else self._sleep(wait_ms)
-            if self._pid_fd in ready or (self._pid_fd < 0 and not self._alive()):
+            if self._pid_fd in ready or (self._pid_fd < 0 and self._has_ended()):
                 state = ENDED
             elif self._wake_fd in ready:
                 state = self._serve()
             if state == RUNNING and monotonic_ns() >= self._sampler.due_ns:
                 self._tick()
+                state = self._obey()
+                if monotonic_ns() >= self._tidy_ns:
+                    self._tidy_ns = layout.MAX_NUMBER
+                    aftermath.tidy(self._path)
         self._finish(state)
 
     def _go_on(self, path: str) -> None:
@@ -109,6 +118,9 @@ class Agent:
 
     def _tick(self) -> None:
         now_ns = monotonic_ns()
+        if self._sampler.glance(now_ns):
+            self._writer.beat(now_ns)
+            return
         self._sampler.tick(now_ns, time_ns())
         latest = self._sampler.latest
         self._writer.pulse(
@@ -129,6 +141,14 @@ class Agent:
             os.read(self._wake_fd, 8)
         except OSError:
             pass
+        before = self._head.cut
+        state = self._obey()
+        if state == RUNNING and self._head.cut == before:
+            self._tick()
+        return state
+
+    def _obey(self) -> int:
+        """Do what is asked for; with each tick, too, because who asks may have lost the descriptor to wake with."""
         if self._marks.control(layout.STOP):
             return STOPPED
         cut = self._marks.control(layout.CUT)
@@ -136,20 +156,22 @@ class Agent:
             self._sampler.cut_on_request(monotonic_ns(), time_ns())
             self._head.cut = cut
             self._publish()
-        else:
-            self._tick()
         return RUNNING
 
     def _finish(self, state: int) -> None:
-        if state == STOPPED:
+        if state == ENDED:
+            self._witness.see_end(monotonic_ns())
+        else:
             self._tick()
         self._stacks.finish()
         now_ns, wall_ns, place = monotonic_ns(), time_ns(), self._marks.place()
         self._sampler.finish(now_ns, wall_ns)
         if state == ENDED:
-            verdict = self._witness.verdict(wall_ns, place, self._marks.name(place.phase), self._marks.farewell())
+            verdict = self._witness.verdict(now_ns, wall_ns, place)
             self._writer.put_verdict(verdict)
-            self._writer.event("exit", now_ns, place.step, text=verdict.text)
+            # whole, or nothing of it: the record has room for 88 bytes
+            brief = verdict.text if len(verdict.text) <= 88 else verdict.kind.replace("_", " ")
+            self._writer.event("exit", now_ns, place.step, text=brief)
         else:
             self._writer.event("stop", now_ns, place.step)
         self._head.state = state
@@ -218,6 +240,8 @@ class Agent:
         except (AttributeError, OSError):
             fd = -1
         if not self._alive():
+            if fd >= 0 and not os.path.exists(f"/proc/{self._pid}"):
+                raise PermissionError(f"process {self._pid} cannot be seen: /proc is mounted with hidepid")
             raise ProcessLookupError(f"process {self._pid} is gone")
         return fd
 
@@ -232,6 +256,13 @@ class Agent:
         except OSError:
             return False
 
+    def _has_ended(self) -> bool:
+        """Whether it is dead, collected or not, for systems without pidfd (Linux before 5.3 among them)."""
+        if sys.platform != "linux":
+            return not self._alive()
+        is_there, status = exit_status.zombie(self._pid, self._start_ticks)
+        return not is_there or status is not None
+
     def _sleep(self, wait_ms: float) -> list[int]:
         """Windows cannot poll a pipe: look at the control words at each turn."""
         from time import sleep
@@ -241,30 +272,40 @@ class Agent:
         return [self._wake_fd] if stop or cut != self._head.cut else []
 
 
-def _claim(path: str) -> bool:
-    """Lock the recording until this process ends; False if somebody has: another agent, which stood still for a while,
-    or who delivers it. The lock is the kernel's, so that no kill leaves it behind."""
+def _given_memory() -> int:
+    """The descriptor of the training process's memory, -1 if it gave none."""
+    try:
+        return MEMORY_FD if os.readlink(f"/proc/self/fd/{MEMORY_FD}").endswith("/mem") else -1
+    except OSError:
+        return -1
+
+
+def _claim(path: str) -> int:
+    """Lock the recording until this process ends. Returns the descriptor that has the lock; -1 if somebody else has it:
+    another agent, which stood still for a while, or who delivers it. No kill leaves it behind: it is the kernel's."""
     from fcntl import LOCK_EX, LOCK_NB, flock
 
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        flock(os.open(path, os.O_RDONLY | os.O_CLOEXEC), LOCK_EX | LOCK_NB)
+        flock(fd, LOCK_EX | LOCK_NB)
     except BlockingIOError:
-        return False
+        return -1
     except OSError:
         pass  # a file system without locks
-    return True
+    return fd
 
 
 def main(path: str) -> int:
     """Watch the process that the recording at ``path`` names. Returns the exit status."""
-    if sys.platform == "linux" and not _claim(path):
+    held_fd = -1
+    if sys.platform == "linux" and (held_fd := _claim(path)) < 0:
         return 0
     _ignore_signals()
     # nothing here makes reference cycles, and the collector's passes would cost more than they find
     gc.disable()
     try:
         Agent(path).run()
-        aftermath.deliver(path)
+        aftermath.deliver(path, held_fd)
     except Exception as exc:
         try:
             _note_error(path, f"{type(exc).__name__}: {exc}")
@@ -287,9 +328,13 @@ def _ignore_signals() -> None:
 
 
 def _note_error(path: str, text: str) -> None:
+    from memtrack.recording.reader import RecordingReader
+
     writer = RecordingWriter(path)
+    with RecordingReader(path) as reader:
+        head = reader.head()
+        writer.go_on(reader)
     writer.event("error", monotonic_ns(), text=text)
-    head = Head()
     head.state = STOPPED
     writer.publish(head)
     writer.close()

@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from memtrack import metrics
+from memtrack.analysis.stacks import peak_stack
+from memtrack.analysis.verdict import describe, verdict_of
 from memtrack.sampling.window import LABELS, NO_STEP, Row
 from memtrack.sinks.base import RunFigures
 
 if TYPE_CHECKING:
     from memtrack.recording.reader import RecordingReader
+    from memtrack.recording.records import Verdict
     from memtrack.sampling.window import Cell
 
 
@@ -25,17 +28,21 @@ class PhaseFigures(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """The figures of a recording, and a row a phase. ``str()`` of it is what people read."""
+    """The figures of a recording, a row a phase, and how the process ended. ``str()`` of it is what people read."""
 
     figures: RunFigures
     phases: tuple[PhaseFigures, ...] = ()
+    verdict: Verdict | None = None
 
     def __str__(self) -> str:
         return render(self)
 
 
 def figures_of(reader: RecordingReader, start_ns: int = 0, end_ns: int | None = None) -> RunFigures:
-    """The figures of the windows whose middle lies between two monotonic times. Reads one window at a time."""
+    """The figures of the windows whose middle lies between two monotonic times. Reads one window at a time.
+
+    With the verdict, if the process has ended, and the stack at the highest sample, whatever the times are.
+    """
     total: Row | None = None
     windows = 0
     for row in reader.windows():
@@ -47,18 +54,37 @@ def figures_of(reader: RecordingReader, start_ns: int = 0, end_ns: int | None = 
             total = row
         else:
             total.merge(row)
-    if total is None:
-        return RunFigures()
-    return _figures(total, reader, windows)
+    figures = RunFigures() if total is None else _figures(total, reader, windows)
+    return _with_end(figures, reader, verdict_of(reader))
 
 
 def summarise(reader: RecordingReader) -> Summary:
     """The summary of a whole recording."""
     phases = reader.phases()
     whole = phases.pop("", None)
-    figures = figures_of(reader) if whole is None else _figures(whole, reader, reader.head().windows)
     rows = [_phase(name, row) for name, row in phases.items() if metrics.RSS in row.cells]
-    return Summary(figures, tuple(rows))
+    if whole is None:
+        return Summary(figures_of(reader), tuple(rows), verdict_of(reader))
+    verdict = verdict_of(reader)
+    figures = _with_end(_figures(whole, reader, reader.head().windows), reader, verdict)
+    return Summary(figures, tuple(rows), verdict)
+
+
+def _with_end(figures: RunFigures, reader: RecordingReader, verdict: Verdict | None) -> RunFigures:
+    stack = peak_stack(reader)
+    if stack is not None:
+        figures = figures._replace(stack=stack.text)
+    if verdict is None:
+        return figures
+    return figures._replace(
+        verdict=verdict.kind,
+        verdict_confidence=verdict.confidence,
+        verdict_text=verdict.text,
+        verdict_evidence=tuple(verdict.evidence),
+        exit_code=verdict.exit_code,
+        signal=verdict.signal,
+        end_wall_s=verdict.wall_ns / 1e9 if verdict.wall_ns else None,
+    )
 
 
 def _figures(total: Row, reader: RecordingReader, windows: int) -> RunFigures:
@@ -68,7 +94,7 @@ def _figures(total: Row, reader: RecordingReader, windows: int) -> RunFigures:
     own_rss, own_cpu = cells.get(metrics.SELF_AGENT_RSS), cells.get(metrics.SELF_CPU)
     figures = RunFigures(
         peak_tree_pss_mib=_max(cells.get(metrics.TREE_PSS)),
-        processes_max=int(_max(cells.get(metrics.TREE_PROCESSES)) or 1),
+        processes_max=_count(_max(cells.get(metrics.TREE_PROCESSES))),
         limit_mib=_min(cells.get(metrics.CONTAINER_LIMIT)),
         limit_source=head.limit_source,
         headroom_min_pct=_min(cells.get(metrics.CONTAINER_HEADROOM)),
@@ -77,6 +103,7 @@ def _figures(total: Row, reader: RecordingReader, windows: int) -> RunFigures:
         agent_cpu_pct=None if own_cpu is None else own_cpu.mean,
         windows=windows,
         dropped=head.dropped,
+        merged=head.merged,
     )
     if rss is None:
         return figures
@@ -96,6 +123,10 @@ def _phase(name: str, row: Row) -> PhaseFigures:
     return PhaseFigures(name, rss.seconds, rss.max, LABELS.get(rss.label, ""), _known(rss.step), rss.last)
 
 
+def _count(value: float | None) -> int:
+    return int(value) if value is not None and 1.0 <= value < 1e9 else 1
+
+
 def _known(number: int) -> int | None:
     return None if number == NO_STEP else number
 
@@ -108,12 +139,13 @@ def _min(cell: Cell | None) -> float | None:
     return None if cell is None else cell.min
 
 
-def render(summary: Summary) -> str:
-    """The summary as a few lines of text."""
+def render(summary: Summary, *, everything: bool = False) -> str:
+    """The summary as a few lines of text, with the main evidence of the verdict, or with everything."""
     figures = summary.figures
+    verdict = [] if summary.verdict is None else describe(summary.verdict, everything=everything)
     if figures.peak_rss_mib is None:
-        return "memtrack: nothing was sampled"
-    lines = [f"memtrack: peak {size(figures.peak_rss_mib)} resident ({figures.peak_label}){_where(figures)}"]
+        return "\n".join(["memtrack: nothing was sampled", *verdict])
+    lines = [f"memtrack: peak {size(figures.peak_rss_mib)} resident ({figures.peak_label}){_where(figures)}", *verdict]
     if figures.peak_tree_pss_mib is not None and figures.processes_max > 1:
         tree = f"{size(figures.peak_tree_pss_mib)} with all {figures.processes_max} processes"
         lines.append(f"  tree      {tree} (PSS: shared pages count once)")
@@ -132,6 +164,8 @@ def render(summary: Summary) -> str:
         cpu = "" if figures.agent_cpu_pct is None else f", {figures.agent_cpu_pct:.2f} % of a core"
         spent = f"{figures.windows} windows in {figures.seconds:.1f} s"
         lines.append(f"  memtrack  agent {figures.agent_rss_mib:.1f} MiB{cpu}, {spent}")
+    if figures.merged:
+        lines.append(f"  merged    {figures.merged} windows, because the recording was full; extremes are exact")
     if figures.dropped:
         lines.append(f"  dropped   {figures.dropped} marks, phases or windows found no room")
     return "\n".join(lines)

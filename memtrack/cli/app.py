@@ -14,6 +14,7 @@ from memtrack.cli.doctor import doctor
 from memtrack.cli.ls import ls
 from memtrack.cli.report import report
 from memtrack.cli.run import run
+from memtrack.cli.sync import sync
 from memtrack.errors import MemtrackError
 
 
@@ -61,4 +62,5 @@ app.command(context_settings={"allow_interspersed_args": False})(run)
 app.command()(attach)
 app.command()(ls)
 app.command()(report)
+app.command()(sync)
 app.command()(doctor)

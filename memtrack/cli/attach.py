@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from memtrack import config
 from memtrack.cli.options import CpuBudget, Directory, Interval, RecordingSize, Tick, settings
 from memtrack.errors import MonitorError
 
@@ -76,7 +77,7 @@ def _user(uid: int) -> str:
 
 def _folders(pid: int, resolved: Settings) -> list[str]:
     """Where a recording of the process may be: the folder of the settings, seen from here and from its directory."""
-    found = [os.path.abspath(resolved.directory)]
+    found = [config.find_directory(resolved)]
     try:
         found.append(os.path.join(os.readlink(f"/proc/{pid}/cwd"), resolved.directory))
     except OSError:

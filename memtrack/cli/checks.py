@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 OK, NOTE, BAD = "ok", "note", "FAIL"
 
 EXTRAS = {
+    "comet": ("comet-ml", "wrapt"),
     "mlflow": ("mlflow-skinny", "wrapt"),
+    "wandb": ("wandb", "wrapt"),
     "report": ("matplotlib", "numpy"),
     "cli": ("typer", "rich"),
     "data": ("numpy", "pandas", "pyarrow"),
@@ -174,11 +176,19 @@ def pidfd() -> Check:
 
 def recordings(settings: Settings) -> Check:
     """The folder of the recordings."""
-    path = os.path.abspath(settings.directory)
+    path = config.find_directory(settings)
+    try:
+        if os.path.isdir(path):
+            config.check_directory(path)
+    except MemtrackError as exc:
+        return Check("recordings", BAD, str(exc))
     existing = path
     while not os.path.isdir(existing) and existing != os.path.dirname(existing):
         existing = os.path.dirname(existing)
     if not os.access(existing, os.W_OK | os.X_OK):
+        if settings.directory == config.Settings().directory:
+            where = config.fallback_directory()
+            return Check("recordings", NOTE, f"{path}: no right to write in {existing}; {where} takes its place")
         return Check("recordings", BAD, f"{path}: no right to write in {existing}. Choose a folder with MEMTRACK_DIR.")
     free = shutil.disk_usage(existing).free
     text = f"{path}, on {_file_system(existing)}, {size(free / MIB)} free, {size(settings.recording_bytes / MIB)} a run"
@@ -219,7 +229,7 @@ def trackers() -> Check:
     """The trackers that memtrack can feed, by their metadata alone."""
     found = []
     for tracker in sorted(registry.AUTOLOG):
-        version = _version(tracker) or _version(f"{tracker}-skinny")
+        version = _version(EXTRAS[tracker][0]) or _version(tracker)
         found.append(f"{tracker} {version or 'not installed'}")
     others = [name for name in registry.sink_names() if name not in registry.AUTOLOG]
     is_any = any(not text.endswith("not installed") for text in found)

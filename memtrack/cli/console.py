@@ -27,5 +27,7 @@ def stderr() -> Console:
 
 def fail(message: str, status: int) -> int:
     """Say in one red line on stderr what is wrong. Returns ``status``."""
-    stderr().print(f"memtrack: {message}", style="red", markup=False)
+    from memtrack.recording.layout import printable
+
+    stderr().print(f"memtrack: {printable(message)}", style="red", markup=False)
     return status

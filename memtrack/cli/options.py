@@ -49,6 +49,4 @@ def settings(**options: object) -> Settings:
 
 def folder(directory: str | None) -> str:
     """Absolute path of the folder of recordings, which need not be there."""
-    import os
-
-    return os.path.abspath(settings(directory=directory).directory)
+    return config.find_directory(settings(directory=directory))

@@ -88,6 +88,7 @@ def _last_words(recording: str, kernel_mib: float) -> str:
     import resource
 
     from memtrack.analysis.summary import size, summarise
+    from memtrack.analysis.verdict import describe
     from memtrack.errors import RecordingError
     from memtrack.recording.reader import RecordingReader
 
@@ -104,7 +105,9 @@ def _last_words(recording: str, kernel_mib: float) -> str:
     if peak_mib is None:
         reason = errors[-1] if errors else "the command was too short to be sampled"
         largest = f"{size(kernel_mib)} resident" if known else f"less than {size(floor_mib)} resident"
-        return f"memtrack: {reason}; its largest process had {largest}, by the kernel's count\n"
+        verdict = [] if summary.verdict is None else describe(summary.verdict)
+        first = f"memtrack: {reason}; its largest process had {largest}, by the kernel's count"
+        return "\n".join([first, *verdict]) + "\n"
     lines = [str(summary)]
     if known and kernel_mib > 1.01 * peak_mib + 1.0:
         lines.append(

@@ -36,6 +36,9 @@ instruction, and while it is written:
 - Whatever is written with ``pwrite`` carries a crc32 and lies within one page. A page of windows is only overwritten
   once its content stands merged on another page; where two pages tell of the same window, the merged one counts.
 
+What stands in a recording may come from anybody. Unpacking it gives texts that can be printed, times and numbers within
+what they may be, or nothing; a value may still be NaN or infinite, as gauges may.
+
 ``records.py`` has what is not written for every window: events, feeds, stacks, the verdict.
 """
 
@@ -82,6 +85,11 @@ WINDOWS = 468 * 1024
 
 MIN_SIZE = 1 << 20
 DEFAULT_SIZE = 4 << 20
+MAX_SIZE = 1 << 30
+"""Three days of windows of a second at full resolution; a reader looks through it in seconds."""
+
+MAX_NUMBER = 1 << 62
+"""What times in nanoseconds, numbers of windows and the like stay below: 146 years. Their differences fit 64 bits."""
 
 MAX_CELLS = (PAGE - LINE) // LINE
 MAX_DEPTH = 8
@@ -125,9 +133,17 @@ class Layout:
         return PHASES + (2 * phase + (turn & 1)) * PAGE
 
 
+def printable(text: str) -> str:
+    """``text`` with ``?`` for each character that a terminal might obey, or that no encoding knows."""
+    return text if text.isprintable() else "".join(char if char.isprintable() else "?" for char in text)
+
+
 # -- header ---------------------------------------------------------------------------------------------------------
 
 _HEADER = struct.Struct("<8sIII")
+
+_INTEGERS = ("size", "pid", "start_ticks", "wall_ns", "mono_ns", "end_run", "keep")
+_REALS = ("interval_s", "tick_s", "cpu_budget_pct", "keep_days")
 
 
 def pack_header(fields: dict[str, str]) -> bytes:
@@ -154,9 +170,24 @@ def unpack_header(page: bytes, path: str) -> dict[str, str]:
     if len(text) != length or crc32(text) != crc:
         raise RecordingFormatError(f"{path}: the header is damaged (checksum)")
     try:
-        return dict(line.split("=", 1) for line in text.decode().splitlines())
+        fields = dict(line.split("=", 1) for line in text.decode().splitlines())
     except ValueError:
         raise RecordingFormatError(f"{path}: the header is damaged (it is not a list of key=value)") from None
+    for key, value in fields.items():
+        if (key in _INTEGERS and not _is_number(value, digits_only=True)) or (key in _REALS and not _is_number(value)):
+            raise RecordingFormatError(f"{path}: the header is damaged ({key}={printable(value[:40])})")
+    return {printable(key): printable(value) for key, value in fields.items()}
+
+
+def _is_number(text: str, *, digits_only: bool = False) -> bool:
+    """Whether it is a number from 0 to MAX_NUMBER; longer ones are not even looked at."""
+    if len(text) > 40 or not text.isascii() or (digits_only and not text.isdigit()):
+        return False
+    try:
+        number = float(text)
+    except ValueError:
+        return False
+    return 0 <= number < MAX_NUMBER
 
 
 # -- names ----------------------------------------------------------------------------------------------------------
@@ -177,7 +208,7 @@ def unpack_names(table: bytes) -> list[str]:
         length = table[offset]
         if not 0 < length < LINE:
             break
-        names.append(table[offset + 1 : offset + 1 + length].decode(errors="replace"))
+        names.append(printable(table[offset + 1 : offset + 1 + length].decode(errors="replace")))
     return names
 
 
@@ -220,7 +251,7 @@ class Head:
         return _HEAD.pack(
             self.state, self.agent_pid, self.mono_ns, self.wall_ns, self.windows, self.cut, self.merged, self.bin_width,
             self.dropped, self.ticks, self.agent_cpu_ns, self.agent_rss_mib, self.late_max_ms, self.limit_mib,
-            self.limit_source.encode()[:96],
+            self.limit_source.encode(errors="replace")[:96],
         )  # fmt: skip
 
     @classmethod
@@ -231,7 +262,7 @@ class Head:
             head.state, head.agent_pid, head.mono_ns, head.wall_ns, head.windows, head.cut, head.merged, head.bin_width,
             head.dropped, head.ticks, head.agent_cpu_ns, head.agent_rss_mib, head.late_max_ms, head.limit_mib, source,
         ) = _HEAD.unpack_from(body)  # fmt: skip
-        head.limit_source = source.rstrip(b"\0").decode(errors="replace")
+        head.limit_source = printable(source.rstrip(b"\0").decode(errors="replace"))
         return head
 
 
@@ -299,16 +330,20 @@ def row_cells(page: bytes) -> int:
 
 
 def unpack_row(page: bytes, metrics: list[str]) -> Row | None:
-    """The row of a page; None if the page is empty, torn or damaged."""
+    """The row of a page; None if the page is empty, torn or damaged, or of a time that cannot be."""
     if row_span(page) is None:
         return None
     _, count, _, first, last, start_ns, end_ns, wall_ns, step = _ROW.unpack_from(page)
+    if not (
+        first < MAX_NUMBER and last < MAX_NUMBER and 0 <= start_ns <= end_ns < MAX_NUMBER and 0 <= wall_ns < MAX_NUMBER
+    ):
+        return None
     end = LINE * (1 + count)
     row = Row(first, start_ns)
     row.last, row.end_ns, row.end_wall_ns, row.step = last, end_ns, wall_ns, step
     for fields in _CELL.iter_unpack(page[LINE:end]):
         metric = fields[10]
-        if metric < len(metrics):
+        if metric < len(metrics) and 0 <= fields[6] < MAX_NUMBER:
             row.cells[metrics[metric]] = _cell(fields)
     return row
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import threading
 from struct import Struct
 from time import monotonic_ns
 
 from memtrack.recording import layout, records
+from memtrack.recording.descriptor import FileMap
 from memtrack.recording.layout import GAUGE_BODY, MARK_BODY, MARK_PATH, NOW_BODY
 
 TYPE_CHECKING = False
@@ -66,10 +66,10 @@ class MarkWriter:
     def __init__(self, path: str) -> None:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
-            self._map = mmap.mmap(fd, layout.METRICS)
+            self._map = FileMap(fd, layout.METRICS)
         finally:
             os.close(fd)
-        self._bytes = memoryview(self._map)
+        self._bytes = self._map.view
         self._words = self._bytes.cast("Q")
         self._lock = threading.RLock()  # re-entrant: a signal handler may mark while the main thread is marking
         self._turn = 0
@@ -83,8 +83,8 @@ class MarkWriter:
         self._gauge_turn = 0
         self._wake_due_ns = 0
         self.wake: Callable[[bool], None] | None = None
-        """Called when a phase begins or ends, at most every 50 ms: a sample there keeps phases apart. It is told whether
-        the agent wants to be left alone."""
+        """Called when a phase begins or ends, at most every 50 ms: a sample there keeps phases apart. It is told
+        whether the agent wants to be left alone."""
 
     def step(self, step: int) -> None:
         """The training has reached this step."""
@@ -185,7 +185,6 @@ class MarkWriter:
         """Unmap. Later calls raise ValueError, so whoever hands out the writer takes it back first."""
         with self._lock:
             self._words.release()
-            self._bytes.release()
             self._map.close()
 
     # The rest is called with the lock held.
@@ -206,8 +205,9 @@ class MarkWriter:
 
     def _wake(self, now_ns: int) -> None:
         self._wake_due_ns = now_ns + WAKE_NS
-        if self.wake is not None:
-            self.wake(self._words[_QUIET_WORD] != 0)
+        wake = self.wake
+        if wake is not None:
+            wake(self._words[_QUIET_WORD] != 0)
 
     def _name(self, name: str) -> int:
         """Id of a name, given at its first use; 0, the nameless, when the table is full."""

@@ -93,7 +93,7 @@ class MarkReader:
             start = layout.NAMES
             end = start + layout.NAME_COUNT * layout.LINE
             self._names = ["", *layout.unpack_names(bytes(self._bytes[start:end]))]
-        return self._names[number] if number < len(self._names) else ""
+        return self._names[number] if 0 <= number < len(self._names) else ""
 
     def _now(self) -> tuple[int, int]:
         line = layout.NOW // 8

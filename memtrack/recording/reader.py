@@ -1,11 +1,19 @@
-"""Reading a recording: live from another process, or after everybody is dead. Tolerant of whatever a kill leaves."""
+"""Reading a recording: live from another process, or after everybody is dead. Tolerant of whatever a kill leaves.
+
+A recording may come from a stranger. Whatever stands in it, reading it runs nothing, writes nothing, and raises nothing
+but RecordingError and RecordingFormatError. It holds one window at a time, and beside it at most a list of the pages of
+the history, which takes 40 MiB for the largest recording that is read (``layout.MAX_SIZE``) and 0.2 MiB for one of the
+default size. It looks at each page at most ``PASSES`` times, three unless the file is being written.
+"""
 
 from __future__ import annotations
 
 import os
+import stat
 
 from memtrack.errors import RecordingError, RecordingFormatError
 from memtrack.recording import layout
+from memtrack.recording.descriptor import Descriptor
 from memtrack.recording.layout import Head, Layout, Mark, Pulse
 from memtrack.recording.marks_view import MarkReader
 from memtrack.recording.records import Event, Feed, Stack, Verdict, newest_text, unpack_event, unpack_text
@@ -22,38 +30,42 @@ TRIES = 3
 AHEAD = 16
 """Windows that are held in memory while the history is read: so many may be written meanwhile."""
 
+PASSES = 200
+"""How often windows that move on are followed, before what is found counts as all there is."""
+
 
 class RecordingReader:
     """The parts of a recording, read with ``pread`` so that no more memory is held than what was asked for.
 
     Opening raises RecordingError or RecordingFormatError; reading never raises for damaged content: what is damaged is
-    left out. Safe to use from several threads.
+    left out, and so is what was cut off. RecordingError if the disk fails. Safe to use from several threads.
     """
 
     def __init__(self, path: str) -> None:
         self.path = path
+        self._file = Descriptor(_open(path))
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as exc:
-            raise RecordingError(f"cannot open the recording {path}: {exc.strerror}") from exc
-        try:
-            size = os.fstat(self._fd).st_size
-            self.fields = layout.unpack_header(os.pread(self._fd, layout.PAGE, 0), path)
+            size = os.fstat(self._file.fd).st_size
+            self.fields = layout.unpack_header(os.pread(self._file.fd, layout.PAGE, 0), path)
             if size < layout.MIN_SIZE or self.fields.get("size", str(size)) != str(size):
                 raise RecordingFormatError(f"{path}: {size} bytes, its header says {self.fields.get('size')}")
+            if size > layout.MAX_SIZE:
+                raise RecordingFormatError(f"{path}: {size} bytes; recordings have {layout.MAX_SIZE} at the most")
         except OSError as exc:
-            os.close(self._fd)
+            self._file.close()
             if isinstance(exc, RecordingError):
                 raise
             raise RecordingError(f"cannot read the recording {path}: {exc.strerror}") from exc
         self.layout = Layout(size)
         self._metrics: list[str] = []
 
+    def fileno(self) -> int:
+        """The descriptor that is read from; -1 if it is closed."""
+        return self._file.fd if self._file.is_ours else -1
+
     def close(self) -> None:
         """Close the file."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._file.close()
 
     def __enter__(self) -> RecordingReader:
         return self
@@ -117,7 +129,7 @@ class RecordingReader:
     def window(self, number: int) -> Row | None:
         """Window ``number`` if it is still among the newest, at full resolution."""
         row = self._row(self.layout.ring_offset(number))
-        return row if row is not None and row.first == number else None
+        return row if row is not None and row.first == row.last == number else None
 
     def windows(self, since: int = 0) -> Iterator[Row]:
         """All windows from number ``since`` on, oldest first: merged history, then the newest at full resolution.
@@ -128,8 +140,9 @@ class RecordingReader:
         """
         self.metrics()
         ring = self.layout.ring
-        done, tries = since - 1, 0
+        done, tries, passes = since - 1, 0, 0
         while True:
+            passes += 1
             newest = self.newest_number()
             first = max(done + 1, newest - ring + 1, 0)
             index, ahead = [], {}
@@ -138,7 +151,7 @@ class RecordingReader:
                 # read now what will move into the history while that is read
                 ahead = {number: self.window(number) for number in range(first, min(first + AHEAD, newest + 1))}
                 index = self.history(done + 1)
-            patient = tries < TRIES
+            patient = tries < TRIES and passes < PASSES
             start, moved = done, False
             for span, offset in index:
                 row = self._row(offset)
@@ -178,7 +191,7 @@ class RecordingReader:
         for index in range(self.layout.bins):
             offset = self.layout.bin_offset(index)
             span = layout.row_span(self._read(offset, layout.PAGE))
-            if span is not None and span[1] >= since:
+            if span is not None and since <= span[1] >= span[0]:
                 pages.append((span[0], -span[1], offset))
         pages.sort()
         kept: list[tuple[tuple[int, int], int]] = []
@@ -190,9 +203,15 @@ class RecordingReader:
         return kept
 
     def newest_number(self) -> int:
-        """Number of the newest window, -1 if there is none: from the head, or a window or two further if the agent died between writing a window and its head."""
+        """Number of the newest window, -1 if there is none.
+
+        From the head, or a window or two further if the agent died between writing a window and its head.
+        """
         newest = self.head().windows - 1
-        while self.window(newest + 1) is not None:
+        for _ in range(AHEAD):
+            span = layout.row_span(self._read(self.layout.ring_offset(newest + 1), layout.PAGE))
+            if span != (newest + 1, newest + 1):
+                break
             newest += 1
         return newest
 
@@ -240,10 +259,57 @@ class RecordingReader:
         newest = newest_text([self._read(layout.VERDICT + turn * layout.PAGE, layout.PAGE) for turn in (0, 1)])
         return None if newest is None else Verdict.from_fields(newest[1])
 
+    def control(self, word: int) -> int:
+        """A control word of the trainer's, such as ``layout.STOP``."""
+        return int.from_bytes(self._read(layout.CONTROL + 8 * word, 8), "little")
+
     def farewell(self) -> dict[str, str]:
         """What Python knew of the end of the process, see ``records.pack_farewell``; empty if it said nothing."""
         found = unpack_text(self._read(layout.FAREWELL, layout.FAREWELL_SIZE))
         return {} if found is None else found[1]
 
     def _read(self, offset: int, size: int) -> bytes:
-        return os.pread(self._fd, size, offset)
+        """Exactly ``size`` bytes: zeros stand for what is missing from a file that somebody has cut meanwhile."""
+        try:
+            if not self._file.is_ours:
+                self._reopen()
+            return os.pread(self._file.fd, size, offset).ljust(size, b"\0")
+        except OSError as exc:
+            raise RecordingError(f"cannot read the recording {self.path}: {exc.strerror}") from exc
+
+    def _reopen(self) -> None:
+        """Somebody in this process has closed the descriptor, as programs do that become daemons."""
+        if self._file.fd < 0:
+            raise RecordingError(f"cannot read the recording {self.path}: it has been closed")
+        again = Descriptor(_open(self.path))
+        if not again.is_as(self._file):
+            again.close()
+            raise RecordingError(f"cannot read the recording {self.path}: it is another file by now")
+        self._file = again
+
+
+def _open(path: str) -> int:
+    """A descriptor of a regular file; RecordingError otherwise. Opening anything else might wait, or do something."""
+    try:
+        _check_regular(os.stat(path), path)
+        # not waiting, should it have become a pipe by now
+        flags = os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
+        fd = os.open(path, flags)
+    except RecordingError:
+        raise
+    except OSError as exc:
+        raise RecordingError(f"cannot open the recording {path}: {exc.strerror}") from exc
+    except ValueError as exc:  # a null character
+        raise RecordingError(f"cannot open the recording {path!r}: {exc}") from None
+    try:
+        _check_regular(os.fstat(fd), path)
+    except RecordingError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _check_regular(status: os.stat_result, path: str) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        what = "Is a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
+        raise RecordingError(f"cannot open the recording {path}: {what}")

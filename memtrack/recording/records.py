@@ -8,7 +8,7 @@ from __future__ import annotations
 import struct
 from binascii import crc32
 
-from memtrack.recording.layout import FAREWELL_SIZE, FEED_SIZE, PAGE
+from memtrack.recording.layout import FAREWELL_SIZE, FEED_SIZE, MAX_NUMBER, PAGE, printable
 from memtrack.sampling.window import Place
 
 # -- events ---------------------------------------------------------------------------------------------------------
@@ -50,7 +50,7 @@ EVENT_KINDS = (
 
 def pack_event(event: Event) -> bytes:
     """A record of 128 bytes with its crc."""
-    text = event.text.encode()[:88]
+    text = event.text.encode(errors="replace")[:88]
     body = _EVENT.pack(
         0, EVENT_KINDS.index(event.kind), len(text), event.number, event.time_ns, event.step, event.value, text
     )[4:]
@@ -62,7 +62,7 @@ def unpack_event(record: bytes) -> Event | None:
     crc, kind, length, number, time_ns, step, value, text = _EVENT.unpack(record)
     if crc == 0 or crc32(record[4:]) != crc or kind >= len(EVENT_KINDS):
         return None
-    return Event(number, EVENT_KINDS[kind], time_ns, step, value, text[:length].decode(errors="replace"))
+    return Event(number, EVENT_KINDS[kind], time_ns, step, value, printable(text[:length].decode(errors="replace")))
 
 
 # -- text -----------------------------------------------------------------------------------------------------------
@@ -75,7 +75,7 @@ def pack_text(fields: dict[str, str], turn: int, size: int) -> bytes:
     """``key=value`` lines in a record of ``size`` bytes; what does not fit is left out, whole lines at a time."""
     lines, room = [], size - _TEXT.size
     for key, value in fields.items():
-        line = f"{key}={' '.join(value.splitlines())}\n".encode()
+        line = f"{key}={' '.join(value.splitlines())}\n".encode(errors="replace")
         if len(line) <= room:
             lines.append(line)
             room -= len(line)
@@ -92,7 +92,7 @@ def unpack_text(record: bytes) -> tuple[int, dict[str, str]] | None:
     end = _TEXT.size + length
     if crc == 0 or end > len(record) or crc32(record[4:end]) != crc:
         return None
-    lines = record[_TEXT.size : end].decode(errors="replace").splitlines()
+    lines = map(printable, record[_TEXT.size : end].decode(errors="replace").splitlines())
     return turn, dict(line.split("=", 1) for line in lines if "=" in line)
 
 
@@ -100,6 +100,14 @@ def newest_text(records: list[bytes]) -> tuple[int, dict[str, str]] | None:
     """Of records that are written in turn, the newest that is whole."""
     whole = [found for found in map(unpack_text, records) if found is not None]
     return max(whole, key=lambda found: found[0], default=None)
+
+
+def _number(text: str) -> int:
+    """The number that ``text`` spells; ValueError if it is none that belongs here."""
+    number = int(text) if len(text) < 20 else MAX_NUMBER
+    if not -MAX_NUMBER < number < MAX_NUMBER:
+        raise ValueError
+    return number
 
 
 # -- feeds ----------------------------------------------------------------------------------------------------------
@@ -155,9 +163,9 @@ class Feed:
         target = {key[7:]: value for key, value in fields.items() if key.startswith("target.")}
         feed = cls(fields.get("key", ""), fields.get("sink", ""), target)
         try:
-            feed.next, feed.start_ns = int(fields["next"]), int(fields["start_ns"])
-            feed.end_ns = int(fields["end_ns"]) if fields["end_ns"] else None
-            feed.dropped, feed.done = int(fields["dropped"]), fields["done"] == "1"
+            feed.next, feed.start_ns = _number(fields["next"]), _number(fields["start_ns"])
+            feed.end_ns = _number(fields["end_ns"]) if fields["end_ns"] else None
+            feed.dropped, feed.done = _number(fields["dropped"]), fields["done"] == "1"
         except (KeyError, ValueError):
             return None
         return turn, feed
@@ -191,7 +199,7 @@ class Stack:
 
     def pack(self) -> bytes:
         """A record of at most one page: the outermost frames of a deep stack are left out."""
-        text = self.text.encode()[: PAGE - _STACK.size].decode(errors="ignore").encode()
+        text = self.text.encode(errors="replace")[: PAGE - _STACK.size].decode(errors="ignore").encode()
         place = self.place
         body = _STACK.pack(
             0, self.number, self.time_ns, self.rss_mib, self.usage_mib, self.headroom_pct, place.step, place.epoch,
@@ -208,7 +216,7 @@ class Stack:
         end = _STACK.size + length
         if crc == 0 or end > len(record) or crc32(record[4:end]) != crc:
             return None
-        text = record[_STACK.size : end].decode(errors="replace")
+        text = "\n".join(map(printable, record[_STACK.size : end].decode(errors="replace").split("\n")))
         return cls(number, time_ns, Place(step, epoch, (phase,) if phase else ()), rss, usage, headroom, text)
 
 
@@ -267,9 +275,9 @@ class Verdict:
         verdict = cls(kind, confidence, fields.get("text", ""))
         verdict.evidence = [value for key, value in fields.items() if key.startswith("evidence.")]
         try:
-            verdict.wall_ns = int(fields.get("wall_ns", "0"))
-            verdict.exit_code = int(fields["exit_code"]) if "exit_code" in fields else None
-            verdict.signal = int(fields["signal"]) if "signal" in fields else None
+            verdict.wall_ns = _number(fields.get("wall_ns", "0"))
+            verdict.exit_code = _number(fields["exit_code"]) if "exit_code" in fields else None
+            verdict.signal = _number(fields["signal"]) if "signal" in fields else None
         except ValueError:
             return None
         return verdict

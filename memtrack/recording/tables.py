@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from struct import Struct
 from typing import TYPE_CHECKING
 
 from memtrack.errors import MissingDependencyError
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
     from numpy.typing import NDArray
+
+_pack = Struct("=ddddddIdqiHB").pack
+"""One element of ``to_numpy``, with the fields that follow."""
 
 _FIELDS = [
     ("start", "f8"),
@@ -50,20 +54,21 @@ class Recording(RecordingReader):
         Fields: ``start`` and ``end`` of the window and ``max_time``, when the maximum stood, in seconds of Unix time;
         ``min``, ``max``, ``mean``, ``last`` in the unit that the metric's name carries; ``count`` of samples, 0 where
         the value was held over from an earlier window; ``step``, ``epoch`` (-1: none) and ``phase`` (id, see
-        ``names()``) at the maximum; ``label`` of the maximum: 1 exact, 2 sampled, 3 bound. Needs numpy.
+        ``names()``) at the maximum; ``label`` of the maximum: 1 exact, 2 sampled, 3 bound. Needs numpy, and a little
+        more memory than the file is long.
         """
         np = _load("numpy", "to_numpy()")
-        rows: dict[str, list[tuple[float, ...]]] = {}
+        packed: dict[str, bytearray] = {}
         for row in self.windows():
             shift_ns = row.end_wall_ns - row.end_ns
             for name, cell in row.cells.items():
-                rows.setdefault(name, []).append(
-                    (
+                packed.setdefault(name, bytearray()).extend(
+                    _pack(
                         row.start_wall_ns / 1e9, row.end_wall_ns / 1e9, cell.min, cell.max, cell.mean, cell.last,
                         cell.count, (cell.max_ns + shift_ns) / 1e9, cell.step, cell.epoch, cell.phase, cell.label,
                     )
                 )  # fmt: skip
-        return {name: np.array(found, dtype=_FIELDS) for name, found in rows.items()}
+        return {name: np.frombuffer(found, dtype=_FIELDS) for name, found in packed.items()}
 
     def to_pandas(self) -> pd.DataFrame:
         """One row a window and metric: the fields of ``to_numpy``, ``metric``, and ``phase`` and ``label`` in words.

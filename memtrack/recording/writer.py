@@ -26,12 +26,15 @@ def create(path: str, size: int, fields: dict[str, str]) -> None:
     """
     header = pack_header(fields)
     try:
+        # O_EXCL also refuses a symbolic link of that name
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except OSError as exc:
         raise RecordingError(
             f"cannot make the recording {path}: {exc.strerror}. Choose a folder with MEMTRACK_DIR."
         ) from exc
     try:
+        if hasattr(os, "fchmod"):
+            os.fchmod(fd, 0o600)  # a umask may have taken bits away
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(fd, 0, size)
         else:  # macOS, Windows: writing is the only way to be sure of the space
@@ -116,11 +119,11 @@ class RecordingWriter:
             turns = [layout.row_turn(page) for page in whole]
             newer = len(turns) == 2 and (turns[1] - turns[0]) & 0xFFFF == 1
             self._phase_turns[slot] = turns[1] if newer else turns[0]
-        pages = [(first, (offset - self._layout.bins_start) // layout.PAGE) for (first, _), offset in reader.history()]
-        taken = {page for _, page in pages}
+        bins = [(first, (offset - self._layout.bins_start) // layout.PAGE) for (first, _), offset in reader.history()]
+        taken = {page for _, page in bins}
         self._free = [page for page in range(self._layout.bins) if page not in taken]
-        if pages:
-            *self._bins, (_, self._bin_page) = pages
+        if bins:
+            *self._bins, (_, self._bin_page) = bins
             self._bin = layout.unpack_row(
                 os.pread(self._fd, layout.PAGE, self._layout.bin_offset(self._bin_page)), list(self.metric_ids)
             )

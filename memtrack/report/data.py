@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 _ORDER = {metric.name: number for number, metric in enumerate(metrics.TABLE)}
 
 
+LARGEST = 1e300
+"""Values beyond it, infinities and NaN are no figures: windows in which a metric has one do not show it."""
+
+
 class Total(NamedTuple):
     """A metric over the whole recording, in its unit. ``max_s`` is in seconds since the start; None: not marked."""
 
@@ -68,6 +72,19 @@ class Note(NamedTuple):
     text: str
 
 
+class Taken(NamedTuple):
+    """A stack of the training process: when in seconds since the start, at what memory, and its frames as text."""
+
+    time_s: float
+    rss_mib: float
+    usage_mib: float
+    headroom_pct: float
+    phase: str
+    epoch: int | None
+    step: int | None
+    frames: list[str]
+
+
 class Report(NamedTuple):
     """A recording as reports show it. ``started_s`` is Unix time, ``state`` as in ``memtrack ls``."""
 
@@ -82,6 +99,7 @@ class Report(NamedTuple):
     series: dict[str, Series]
     spans: list[Span]
     notes: list[Note]
+    stacks: list[Taken]
 
 
 def collect(path: str, choice: str = "default") -> Report:
@@ -117,6 +135,7 @@ def collect(path: str, choice: str = "default") -> Report:
                 )
                 for event in reader.events()
             ],
+            stacks=_stacks(reader, start_ns),
         )
 
 
@@ -126,6 +145,8 @@ def _series(reader: RecordingReader, start_ns: int, choice: str) -> dict[str, Se
     for row in reader.windows():
         start_s, end_s = (row.start_ns - start_ns) / 1e9, (row.end_ns - start_ns) / 1e9
         for name, cell in row.cells.items():
+            if not _is_figure(cell):
+                continue
             series = found.get(name)
             if series is None:
                 if not metrics.selected(name, choice):
@@ -154,6 +175,27 @@ def _series(reader: RecordingReader, start_ns: int, choice: str) -> dict[str, Se
             names[cell.phase] if cell.phase < len(names) else "",
         )
     return dict(sorted(found.items(), key=lambda item: (_ORDER.get(item[0], len(_ORDER)), item[0])))
+
+
+def _stacks(reader: RecordingReader, start_ns: int) -> list[Taken]:
+    names = reader.names()
+    return [
+        Taken(
+            (stack.time_ns - start_ns) / 1e9,
+            stack.rss_mib,
+            stack.usage_mib,
+            stack.headroom_pct,
+            names[stack.place.phase] if stack.place.phase < len(names) else "",
+            None if stack.place.epoch == NO_STEP else stack.place.epoch,
+            None if stack.place.step == NO_STEP else stack.place.step,
+            stack.text.splitlines(),
+        )
+        for stack in reader.stacks()
+    ]
+
+
+def _is_figure(cell: Cell) -> bool:
+    return all(-LARGEST < value < LARGEST for value in (cell.min, cell.mean, cell.max, cell.last))
 
 
 def _spans(reader: RecordingReader, start_ns: int, seconds: float) -> list[Span]:

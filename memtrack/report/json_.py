@@ -15,6 +15,9 @@
     limit         mib, source, headroom_min_pct
     memtrack      agent_rss_mib, agent_cpu_pct, windows, dropped: what it cost
     phases        list: name, seconds, peak_rss_mib, peak_label, peak_step, last_rss_mib
+    verdict       kind, confidence, exit_code, signal, text, evidence (list), time_s: how the process ended; null while
+                  it runs, and if memtrack was stopped before
+    stacks        list: time_s, rss_mib, usage_mib, headroom_pct, phase, epoch, step, frames (innermost first)
     events        list: time_s, kind, step, value, text
     metrics       by name: unit, min, mean, max, last, label, max_time_s, step, epoch, phase, and ``windows``: lists
                   start_s, end_s, min, mean, max of equal length
@@ -78,8 +81,25 @@ def as_dict(report: Report) -> dict[str, object]:
             "dropped": figures.dropped,
         },
         "phases": [phase._asdict() for phase in report.summary.phases],
+        "verdict": _verdict(report),
+        "stacks": [taken._asdict() for taken in report.stacks],
         "events": [note._asdict() for note in report.notes],
         "metrics": {name: _metric(series) for name, series in report.series.items()},
+    }
+
+
+def _verdict(report: Report) -> dict[str, object] | None:
+    verdict = report.summary.verdict
+    if verdict is None:
+        return None
+    return {
+        "kind": verdict.kind,
+        "confidence": verdict.confidence,
+        "exit_code": verdict.exit_code,
+        "signal": verdict.signal,
+        "text": verdict.text,
+        "evidence": verdict.evidence,
+        "time_s": verdict.wall_ns / 1e9 - report.started_s if verdict.wall_ns else None,
     }
 
 

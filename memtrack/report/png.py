@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from memtrack import metrics
+from memtrack.analysis.stacks import headline
 from memtrack.analysis.summary import size
 from memtrack.errors import MissingDependencyError, RecordingError
+from memtrack.recording.layout import printable
 
 try:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -32,6 +34,9 @@ LIMIT_IN_SIGHT = 3.0
 
 LABEL_WIDTH = 0.012
 """Width of a character of a phase's name, as a share of the time axis."""
+
+LONGEST_CODE = 60
+"""Characters of a place in the code that are written at the peak; a longer one is left out."""
 
 MIN_GAP = 0.004
 """The shortest pause between two phases of the same name that is shown, as a share of the time axis."""
@@ -113,10 +118,10 @@ def _draw_memory(axes: Axes, report: Report, clock: Scale, seconds: float) -> No
         )
     axes.set_ylim(0.0, top_mib / scale.divisor * 1.28)
     axes.set_ylabel(f"memory, {scale.unit}")
-    _annotate_peak(axes, rss, peak_mib, clock, scale, seconds)
+    _annotate_peak(axes, rss, peak_mib, clock, scale, seconds, _code_at_peak(report))
     handles, labels = axes.get_legend_handles_labels()
     order = sorted(range(len(labels)), key=lambda index: "RSS" not in labels[index])
-    axes.legend(
+    legend = axes.legend(
         [handles[index] for index in order],
         [labels[index] for index in order],
         loc="upper center",
@@ -126,9 +131,20 @@ def _draw_memory(axes: Axes, report: Report, clock: Scale, seconds: float) -> No
         frameon=False,
         columnspacing=1.4,
     )
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a phase may be named after a price
 
 
-def _annotate_peak(axes: Axes, rss: Series, peak_mib: float, clock: Scale, scale: Scale, seconds: float) -> None:
+def _code_at_peak(report: Report) -> str:
+    """``file:line function``, if there is a stack and it fits beside the curve."""
+    highest = max(report.stacks, key=lambda taken: taken.rss_mib, default=None)
+    text = "" if highest is None else printable(headline("\n".join(highest.frames)))
+    return text if len(text) <= LONGEST_CODE else ""
+
+
+def _annotate_peak(
+    axes: Axes, rss: Series, peak_mib: float, clock: Scale, scale: Scale, seconds: float, code: str
+) -> None:
     total = rss.total
     if total is None:
         return
@@ -145,7 +161,7 @@ def _annotate_peak(axes: Axes, rss: Series, peak_mib: float, clock: Scale, scale
     is_right = at_s > seconds / 2
     axes.plot(at_s / clock.divisor, peak_mib / scale.divisor, "o", color=RSS_COLOUR, markersize=5, zorder=5)
     axes.annotate(
-        ", ".join(where),
+        ", ".join(where) + (f"\n{code}" if code else ""),
         (at_s / clock.divisor, peak_mib / scale.divisor),
         xytext=(at_s / clock.divisor, 0.88),
         textcoords=axes.get_xaxis_transform(),
@@ -154,6 +170,7 @@ def _annotate_peak(axes: Axes, rss: Series, peak_mib: float, clock: Scale, scale
         fontsize=9.5,
         fontweight="bold",
         color="#222222",
+        parse_math=False,
         arrowprops={
             "arrowstyle": "-",
             "color": "#444444",
@@ -179,7 +196,17 @@ def _draw_phases(axes: Axes, spans: Sequence[Span], clock: Scale, seconds: float
         if (end_s - start_s) / seconds > LABEL_WIDTH * len(name):
             transform = axes.get_xaxis_transform()
             middle = (left + right) / 2
-            axes.text(middle, 0.985, name, transform=transform, ha="center", va="top", fontsize=8.5, color=GREY)
+            axes.text(
+                middle,
+                0.985,
+                name,
+                transform=transform,
+                ha="center",
+                va="top",
+                fontsize=8.5,
+                color=GREY,
+                parse_math=False,
+            )
 
 
 def _outermost(spans: Sequence[Span], gap_s: float) -> list[tuple[str, float, float]]:
@@ -224,7 +251,9 @@ def _draw_machine(axes: Axes, report: Report, clock: Scale) -> None:
 
 def _title(axes: Axes, report: Report) -> None:
     figures = report.summary.figures
-    axes.set_title(f"{report.program or 'process'} ({report.pid})", loc="left", fontsize=12, fontweight="bold")
+    axes.set_title(
+        f"{report.program or 'process'} ({report.pid})", loc="left", fontsize=12, fontweight="bold", parse_math=False
+    )
     facts = []
     if figures.headroom_min_pct is not None and figures.limit_mib is not None:
         facts.append(
@@ -233,7 +262,7 @@ def _title(axes: Axes, report: Report) -> None:
         )
     if report.state not in ("stopped", "ended"):
         facts.append(report.state)
-    axes.set_title(", ".join(facts), loc="right", fontsize=9, color=GREY)
+    axes.set_title(", ".join(facts), loc="right", fontsize=9, color=GREY, parse_math=False)
 
 
 def _scale(top_mib: float) -> Scale:

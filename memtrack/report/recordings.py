@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, NamedTuple
 from memtrack.analysis.summary import summarise
 from memtrack.collectors.procfs import start_ticks
 from memtrack.errors import RecordingError
-from memtrack.monitor import boot_id
 from memtrack.recording import layout
 from memtrack.recording.reader import RecordingReader
+from memtrack.recording.standing import boot_id, waiting
+from memtrack.sinks.feeds import undelivered as windows_left
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from memtrack.recording.records import Verdict
 
 SUFFIX = ".mtk"
 LOST = "lost its agent"
@@ -25,8 +28,9 @@ FRESH_NS = 3_000_000_000
 class Listed(NamedTuple):
     """One file of the folder. ``problem`` says why it cannot be read; then only path, name, start and size are known.
 
-    ``state`` is starting, running, stopped, ended (the process has), or "lost its agent": nobody writes it any more,
-    though nobody has closed it. Times are Unix seconds.
+    ``state`` is starting, running, stopped, how the process ended in a word or two, or "lost its agent": nobody writes
+    it any more, though nobody has closed it. ``delivery`` is what waits for which tracker, "delivered", or "" if none
+    is fed. Times are Unix seconds.
     """
 
     path: str
@@ -38,6 +42,7 @@ class Listed(NamedTuple):
     peak_rss_mib: float | None = None
     program: str = ""
     pid: int = 0
+    delivery: str = ""
     problem: str = ""
 
 
@@ -95,6 +100,56 @@ def state_of(reader: RecordingReader) -> str:
     return layout.STATES[state] if state < len(layout.STATES) else "unknown"
 
 
+def delivery_of(reader: RecordingReader) -> str:
+    """What of the recording waits for which tracker, in words: see :class:`Listed`."""
+    feeds = reader.feeds()
+    parts = []
+    for feed in feeds:
+        if not feed.done:
+            left = windows_left(reader, feed)
+            what = f"{left} window{'s' if left > 1 else ''}" if left else "final figures"
+            if feed.target:
+                parts.append(f"{what} wait{'s' if left == 1 else ''} for {feed.sink}")
+            else:  # nobody but its process knows how to
+                parts.append(f"{what} not delivered to {feed.key}")
+    return ", ".join(parts) or ("delivered" if feeds else "")
+
+
+def undelivered(folder: str) -> list[str]:
+    """Paths of the recordings in ``folder`` of which something can still be delivered, oldest first."""
+    found = []
+    for listed in reversed(list_recordings(folder)):
+        if not listed.problem:
+            with RecordingReader(listed.path) as reader:
+                if waiting(reader):
+                    found.append(listed.path)
+    return found
+
+
+def _end_of(verdict: Verdict | None) -> str:
+    """How the process ended, in a word or two; "" if nobody has told."""
+    if verdict is None or verdict.kind == "unknown":
+        return ""
+    if verdict.kind == "clean":
+        return "ended"
+    if verdict.kind == "failed" and verdict.exit_code is not None:
+        return f"failed ({verdict.exit_code})"
+    if verdict.kind == "memory_error":
+        return "MemoryError"
+    if verdict.kind in ("killed", "unknown_sigkill") and verdict.signal is not None:
+        return f"killed by {_signal_name(verdict.signal)}"
+    return verdict.kind.replace("_", " ")
+
+
+def _signal_name(number: int) -> str:
+    import signal
+
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
 def _look(path: str) -> Listed:
     name = os.path.basename(path).removesuffix(SUFFIX)
     started_s, size = 0.0, 0
@@ -102,17 +157,18 @@ def _look(path: str) -> Listed:
         status = os.stat(path)
         started_s, size = status.st_mtime, status.st_size
         with RecordingReader(path) as reader:
-            fields = reader.fields
+            fields, summary = reader.fields, summarise(reader)
             return Listed(
                 path,
                 name,
                 started_s=int(fields["wall_ns"]) / 1e9,
                 size_bytes=size,
                 seconds=length_s(reader),
-                state=state_of(reader),
-                peak_rss_mib=summarise(reader).figures.peak_rss_mib,
+                state=_end_of(summary.verdict) or state_of(reader),
+                peak_rss_mib=summary.figures.peak_rss_mib,
                 program=fields.get("program", ""),
                 pid=int(fields["pid"]),
+                delivery=delivery_of(reader),
             )
     except (OSError, KeyError, ValueError) as exc:
         # RecordingError is an OSError; the others are a header that is whole and yet makes no sense

@@ -7,8 +7,10 @@ import time
 from typing import TYPE_CHECKING
 
 from memtrack import metrics
-from memtrack.analysis.summary import size
+from memtrack.analysis.stacks import headline, main_frames
+from memtrack.analysis.summary import render, size
 from memtrack.errors import MissingDependencyError
+from memtrack.recording.layout import printable
 from memtrack.sampling.window import NO_STEP
 
 try:
@@ -24,32 +26,47 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from memtrack.recording.reader import RecordingReader
-    from memtrack.report.data import Note, Report, Series
+    from memtrack.report.data import Note, Report, Series, Taken
     from memtrack.report.recordings import Listed
 
 BARS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 20
 MAX_EVENTS = 20
+MAX_FRAMES = 12
 STATE_STYLES = {"running": "green", "starting": "green", "lost its agent": "yellow"}
-EVENT_STYLES = {"error": "red", "limit_near": "yellow", "limit_changed": "yellow", "gap": "yellow"}
+EVENT_STYLES = {"error": "red", "oom_kill": "red", "limit_near": "yellow", "limit_changed": "yellow", "gap": "yellow"}
 
 
 def show(report: Report, console: Console) -> None:
     """Print the report: summary, metrics with sparklines, events."""
     title = f"{report.program or 'process'} ({report.pid})"
-    started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(report.started_s))
+    started = _moment(report.started_s)
     console.print(
         f"[bold]{escape(title)}[/], started {started}, {duration(report.seconds)}, {_state(report.state)}",
         soft_wrap=True,
     )
-    console.print(str(report.summary), markup=False, soft_wrap=True)
+    console.print(render(report.summary, everything=True), markup=False, soft_wrap=True)
+    if report.stacks:
+        console.print(stack_text(report.stacks), markup=False, soft_wrap=True)
     if report.series:
         console.print()
         console.print(metric_table(report))
     if report.notes:
         console.print()
         console.print(event_table(report.notes))
-    console.print(f"[dim]{escape(os.path.abspath(report.path))}[/]", soft_wrap=True)
+    console.print(f"[dim]{escape(printable(os.path.abspath(report.path)))}[/]", soft_wrap=True)
+
+
+def stack_text(stacks: Sequence[Taken]) -> str:
+    """Where the code of the main thread stood at the highest RSS that has a stack, the innermost frame first."""
+    taken = max(stacks, key=lambda taken: taken.rss_mib)
+    text = "\n".join(taken.frames)
+    frames = [printable(frame) for frame in main_frames(text)]
+    lines = [f"  code      {printable(headline(text))}, at {size(taken.rss_mib)}"]
+    lines += [f"            {frame}" for frame in frames[:MAX_FRAMES]]
+    if len(frames) > MAX_FRAMES:
+        lines.append(f"            and {len(frames) - MAX_FRAMES} further out")
+    return "\n".join(lines)
 
 
 def metric_table(report: Report) -> Table:
@@ -71,6 +88,8 @@ def event_table(notes: Sequence[Note]) -> Table:
         text = note.text
         if note.kind == "limit_near":
             text = f"{note.value:.1f} % left of {note.text}"
+        elif note.kind == "new_peak":
+            text = f"{size(note.value)}, {note.text}"
         elif note.kind == "limit_changed":
             text = f"{size(note.value)} ({note.text})"
         elif note.kind == "mark" and note.value:
@@ -85,17 +104,19 @@ def event_table(notes: Sequence[Note]) -> Table:
 
 def listing(listed: Sequence[Listed], folder: str) -> Table:
     """The recordings of a folder; damaged ones with what is wrong."""
-    table = _table("recording", "process", "started", "length", "state", "peak RSS", "file", numbers=(3, 5, 6))
-    table.title = folder
+    columns = ("recording", "process", "started", "length", "state", "delivery", "peak RSS", "file")
+    table = _table(*columns, numbers=(3, 6, 7))
+    table.title = escape(printable(folder))
     for one in listed:
-        started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one.started_s))
+        name, started = escape(printable(one.name)), _moment(one.started_s)
         file_size = size(one.size_bytes / metrics.MIB)
         if one.problem:
-            table.add_row(escape(one.name), "", started, "", f"[red]{escape(one.problem)}[/]", "", file_size)
+            table.add_row(name, "", started, "", f"[red]{escape(printable(one.problem))}[/]", "", "", file_size)
             continue
         peak = "" if one.peak_rss_mib is None else size(one.peak_rss_mib)
         process = escape(f"{one.program} ({one.pid})" if one.program else str(one.pid))
-        table.add_row(escape(one.name), process, started, duration(one.seconds), _state(one.state), peak, file_size)
+        delivery = escape(one.delivery) or "–"
+        table.add_row(name, process, started, duration(one.seconds), _state(one.state), delivery, peak, file_size)
     return table
 
 
@@ -138,12 +159,14 @@ def sparkline(series: Series, seconds: float, width: int = SPARK_WIDTH) -> str:
     low, high = min(known, default=0.0), max(known, default=0.0)
     if high <= low:
         return "".join(" " if value is None else BARS[3] for value in highest)
-    steps = (len(BARS) - 1) / (high - low)
-    return "".join(" " if value is None else BARS[round((value - low) * steps)] for value in highest)
+    steps = len(BARS) - 1
+    return "".join(" " if value is None else BARS[round((value - low) / (high - low) * steps)] for value in highest)
 
 
 def number(value: float) -> str:
-    """Four significant digits at least, without exponents."""
+    """Four significant digits at least, without exponents unless it is astronomical."""
+    if abs(value) >= 1e15:
+        return f"{value:.3g}"
     if value == int(value) and abs(value) < 1e6:
         return str(int(value))
     return f"{value:.0f}" if abs(value) >= 10_000 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
@@ -155,6 +178,13 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes = int(seconds) // 60
     return f"{minutes} min {int(seconds) % 60} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _moment(seconds: float) -> str:
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+    except (OverflowError, OSError, ValueError):
+        return ""  # a file may be dated to any year
 
 
 def _state(state: str) -> str:

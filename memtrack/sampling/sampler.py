@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from typing import Protocol
 
-    from memtrack.collectors.base import Collector, Sample
+    from memtrack.collectors.base import Collector
     from memtrack.recording.layout import Mark
 
     class Marks(Protocol):

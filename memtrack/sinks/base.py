@@ -65,6 +65,21 @@ class RunFigures(NamedTuple):
     agent_cpu_pct: float | None = None
     windows: int = 0
     dropped: int = 0
+    merged: int = 0
+    """Windows that were merged because the recording was full; their extremes are exact all the same."""
+    verdict: str = ""
+    """How the process ended, one of ``memtrack.recording.records.KINDS``; "" while it lives."""
+    verdict_confidence: str = ""
+    """``certain``, ``confirmed``, ``likely`` or ``none``."""
+    verdict_text: str = ""
+    """The verdict as a sentence."""
+    verdict_evidence: tuple[str, ...] = ()
+    stack: str = ""
+    """The Python stack that goes with the verdict or the peak, a line a frame, innermost first."""
+    exit_code: int | None = None
+    signal: int | None = None
+    end_wall_s: float | None = None
+    """When what is told of ended, Unix time; None: now."""
 
 
 class Sink(Protocol):
@@ -87,3 +102,39 @@ class Sink(Protocol):
 
     def close(self) -> None:
         """Release what is held. Never raises. Called once, also after failures."""
+
+
+class LastingSink(Sink, Protocol):
+    """What a sink has besides if another process shall be able to deliver to its run: later, when this one is dead.
+
+    All of it is optional; a sink that has no ``target``, or an empty one, gets nothing after its process.
+    """
+
+    @property
+    def name(self) -> str:
+        """The name under which ``memtrack.start(sinks=[name])`` finds the class."""
+
+    @property
+    def target(self) -> dict[str, str]:
+        """Which run it is and where, for ``reopen``. About 300 bytes, no secrets, no relative paths: it stands in the
+        recording. May change until the feed is over."""
+
+    @property
+    def unsaved_s(self) -> float:
+        """Of a sink that was opened again: how much of what it had taken the tracker may have lost with the process, in
+        seconds before its end. It gets those windows again."""
+
+    def environment(self) -> dict[str, str]:
+        """Environment variables that a process needs which delivers later. May be secret: it is kept in memory only.
+        Asked now and then, from the relay's thread."""
+
+    @classmethod
+    def reopen(cls, target: dict[str, str]) -> LastingSink:
+        """A sink for the same run in another process, without asking or changing what is active there.
+
+        Raises DeliveryError or RejectedError, as ``write`` does.
+        """
+
+    def conclude(self, figures: RunFigures) -> None:
+        """End the run if it is still open. Called after ``finish`` where nobody is left to do it: ``figures.verdict``
+        tells how the process ended, "" that it only stopped to monitor. Raises as ``write`` does."""

@@ -1,15 +1,133 @@
-"""Feeds: which sink gets which part of a recording and how far it has got, kept in it by whoever delivers."""
+"""Feeds: which sink gets which part of a recording, how it gets there, and how far it has got: that is kept in the
+recording by whoever delivers."""
 
 from __future__ import annotations
 
 import os
 from typing import TYPE_CHECKING
 
+from memtrack.errors import RejectedError
+from memtrack.notices import warn_once
 from memtrack.recording import layout
 from memtrack.recording.records import Feed
+from memtrack.sinks.base import Batch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator
+
+    from memtrack.recording.reader import RecordingReader
+    from memtrack.sampling.window import Row
+    from memtrack.sinks.base import RunFigures, Sink
+
+BATCH_WINDOWS = 64
+
+
+class Halted(Exception):
+    """The delivery is no longer ours: whoever comes next goes on from the last note."""
+
+
+class Delivery:
+    """One feed on its way from the recording to its sink: the relay walks it, or a process that comes later.
+
+    ``note`` keeps the record after each step and raises Halted if that is not wanted any more. A batch that was taken
+    but not noted is sent again by whoever comes next.
+    """
+
+    def __init__(
+        self,
+        reader: RecordingReader,
+        sink: Sink,
+        record: Feed,
+        metrics: str | tuple[str, ...],
+        note: Callable[[Feed], None],
+    ) -> None:
+        self.sink = sink
+        self.record = record
+        self.windows = 0
+        """Windows that the sink has taken."""
+        self.merged = 0
+        """Those of them that came merged, because the recording was full."""
+        self.refusal = ""
+        """What the sink said when it refused something for good last."""
+        self._reader = reader
+        self._metrics = metrics
+        self._note = note
+
+    def holds(self, row: Row) -> bool:
+        """Whether a window is this feed's."""
+        return holds(self.record, row)
+
+    def send(self) -> None:
+        """Deliver the windows that are there. Raises what the sink does, but for refusals: those windows are lost,
+        and counted."""
+        for rows in self._batches():
+            mine = [row for row in rows if self.holds(row)]
+            # counted when all of it is through: a batch that fails half-way is repeated as a whole
+            refused = self._write(mine) if mine else 0
+            self.record.dropped += refused
+            self.windows += _count(mine) - refused
+            self.merged += _count(row for row in mine if row.last > row.first)
+            self.record.next = rows[-1].last + 1
+            self._note(self.record)
+
+    def finish(self, figures: RunFigures, *, conclude: bool = False) -> None:
+        """Deliver the final figures, and end the run if ``conclude``; afterwards the feed has everything."""
+        figures = figures._replace(dropped=figures.dropped + self.record.dropped)
+        try:
+            self.sink.finish(figures)
+            end = getattr(self.sink, "conclude", None)
+            if conclude and end is not None:
+                end(figures)
+        except RejectedError as exc:
+            self.refusal = f"the final figures: {exc}"
+        self.close()
+        self.record.done = True
+        self._note(self.record)
+
+    def close(self) -> None:
+        """Close the sink. Never raises."""
+        try:
+            self.sink.close()
+        except Exception as exc:  # a sink should not, but it is not the training's fault
+            key = self.record.key
+            warn_once(f"closing {key}", f"{key} could not be closed ({type(exc).__name__}: {exc}).")
+
+    def _batches(self) -> Iterator[list[Row]]:
+        rows: list[Row] = []
+        for row in self._reader.windows(self.record.next):
+            rows.append(row)
+            if len(rows) == BATCH_WINDOWS:
+                yield rows
+                rows = []
+        if rows:
+            yield rows
+
+    def _write(self, rows: list[Row]) -> int:
+        """Send a batch, by halves if it is refused, so that a bad window costs no other. Returns how many it cost."""
+        try:
+            self.sink.write(Batch(rows, self._metrics))
+        except RejectedError as exc:
+            if exc.run_gone or len(rows) == 1:
+                self.refusal = f"{_count(rows)} windows: {exc}"
+                return _count(rows)
+            half = len(rows) // 2
+            return self._write(rows[:half]) + self._write(rows[half:])
+        return 0
+
+
+def holds(feed: Feed, row: Row) -> bool:
+    """Whether a window's middle lies between the feed's start and its end."""
+    middle = (row.start_ns + row.end_ns) // 2
+    return middle >= feed.start_ns and (feed.end_ns is None or middle < feed.end_ns)
+
+
+def undelivered(reader: RecordingReader, feed: Feed) -> int:
+    """How many windows of a feed its sink has not got."""
+    return _count(row for row in reader.windows(feed.next) if holds(feed, row))
+
+
+def _count(rows: Iterable[Row]) -> int:
+    return sum(row.last - row.first + 1 for row in rows)
 
 
 class FeedWriter:

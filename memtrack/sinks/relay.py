@@ -7,20 +7,19 @@ import threading
 from time import monotonic, sleep
 from typing import TYPE_CHECKING
 
-from memtrack.errors import DeliveryError, RejectedError
+from memtrack.errors import DeliveryError
 from memtrack.notices import warn_once
 from memtrack.recording import records
 from memtrack.recording.reader import RecordingReader
-from memtrack.sinks.base import Batch
-from memtrack.sinks.feeds import FeedWriter
+from memtrack.sinks.feeds import Delivery, FeedWriter, Halted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Mapping
 
-    from memtrack.sampling.window import Row
     from memtrack.sinks.base import RunFigures, Sink
 
-BATCH_WINDOWS = 64
+    Environments = Mapping[str, Mapping[str, str]]
+
 BACKOFF_S = (1.0, 10.0)
 """First and longest pause after a failure. The longest is the default time between two flushes: a tracker that is
 back has what is new within seconds, and one that is down is asked no more often than one that is up."""
@@ -31,38 +30,35 @@ CUT_TIMEOUT_S = 1.0
 
 
 class Feed:
-    """One sink and its part of the recording: the windows whose middle lies between ``start_ns`` and ``end_ns``."""
+    """One sink, and how the delivery of its part of the recording goes."""
 
-    def __init__(self, sink: Sink, start_ns: int, first: int) -> None:
-        self.sink = sink
-        self.key = sink.key
-        self.record = records.Feed(self.key, *_address(sink))
-        self.record.start_ns, self.record.next = start_ns, first
-        self.start_ns = start_ns
-        self.end_ns: int | None = None
+    def __init__(self, delivery: Delivery) -> None:
+        self.delivery = delivery
+        self.sink = delivery.sink
+        self.record = delivery.record
+        self.key = delivery.record.key
         self.cut = 0
         """The request to cut that must be served before the feed can be finished."""
-        self.next = first
-        """Number of the first window that was not delivered."""
+        self.until: int | None = None
+        """How many windows there were when it ended, about."""
         self.done = threading.Event()
         self.failures = 0
         self.retry_at = 0.0
         self.patience_s = PATIENCE_S
-        self.dropped = 0
-        """Windows that the tracker refused for good."""
 
-    def holds(self, row: Row) -> bool:
-        """Whether a window is this feed's."""
-        middle = (row.start_ns + row.end_ns) // 2
-        return middle >= self.start_ns and (self.end_ns is None or middle < self.end_ns)
+    @property
+    def end_ns(self) -> int | None:
+        """Monotonic time at which the feed was ended."""
+        return self.record.end_ns
 
 
 class Relay:
     """Drains a recording into sinks, every ``flush_interval_s`` and whenever a feed ends.
 
     A sink that fails is tried again after 1 s, then 2, up to 10, with jitter, or when it said; its windows wait in the
-    recording. One that refuses a batch for good loses that batch, which is counted. Thread-safe; the thread is a daemon
-    and is started with the first feed.
+    recording. What it refuses for good is lost, and counted. Thread-safe; the thread is a daemon and is started with
+    the first feed. ``hand_over`` is told, by the keys of the feeds, of the environment that their sinks need in another
+    process; ``on_lag``, after each turn, how many windows the feed has not got that is furthest behind.
     """
 
     def __init__(
@@ -72,27 +68,43 @@ class Relay:
         flush_interval_s: float,
         metrics: str | tuple[str, ...],
         figures: Callable[[int, int | None], RunFigures],
-        on_turn: Callable[[], None] = lambda: None,
+        hand_over: Callable[[Environments], None],
+        on_turn: Callable[[], None],
+        on_lag: Callable[[int], None],
     ) -> None:
         self._reader = RecordingReader(path)
         self._records = FeedWriter(path)
         self._flush_interval_s = flush_interval_s
         self._metrics = metrics
         self._figures = figures
+        self._hand_over = hand_over
         self._on_turn = on_turn
+        self._on_lag = on_lag
         self._feeds: list[Feed] = []
         self._lock = threading.Lock()
+        self._writing = threading.Lock()
+        """Held while a record is written: after ``close`` none is, because the recording is somebody else's then."""
         self._changed = threading.Condition()
         """A feed is done, or has failed."""
         self._wake = threading.Event()
         self._closing = False
         self._thread: threading.Thread | None = None
 
-    def add(self, sink: Sink, start_ns: int) -> Feed:
-        """Feed a sink with the windows from ``start_ns`` on."""
-        feed = Feed(sink, start_ns, self._reader.head().windows)
+    def add(self, sink: Sink, start_ns: int, first: int) -> Feed:
+        """Feed a sink with the windows from ``start_ns`` on.
+
+        ``first`` is how many windows there were at some moment before that. Counted here, after it, it would be too
+        many, should this thread have had to wait meanwhile: a window that is the sink's would be passed over.
+        """
         with self._lock:
+            taken = {feed.key for feed in self._feeds}
+            record = records.Feed(_free_key(sink.key, taken), *_address(sink))
+            record.start_ns, record.next = start_ns, first
+            _check_room(record)
+            feed = Feed(Delivery(self._reader, sink, record, self._metrics, self._note))
+            self._note(record)
             self._feeds.append(feed)
+            self._offer_environments()
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="memtrack-relay", daemon=True)
                 self._thread.start()
@@ -105,7 +117,15 @@ class Relay:
         delivered in time is tried again as long as the relay runs. Returns whether it is done.
         """
         feed.cut = cut
-        feed.end_ns = end_ns
+        feed.until = self._reader.head().windows + 1
+        record = feed.record
+        record.end_ns = end_ns
+        try:
+            if record.target:
+                record.target = _address(feed.sink)[1]
+            self._note(record)
+        except Exception as exc:  # the thread will try again
+            warn_once(f"ending {feed.key}", f"the end of {feed.key} could not be noted ({type(exc).__name__}: {exc}).")
         feed.retry_at = 0.0
         self._wake.set()
         return self.wait(feed, timeout_s)
@@ -132,14 +152,18 @@ class Relay:
         deadline = monotonic() + timeout_s
         while monotonic() < deadline:
             with self._lock:
-                if all(feed.next >= wanted for feed in self._feeds):
+                if all(feed.record.next >= wanted for feed in self._feeds):
                     return True
             sleep(0.005)
         return False
 
     def close(self, timeout_s: float) -> None:
-        """Stop the thread; feeds should have been ended. Waits at most ``timeout_s``; hardly at all if not."""
-        self._closing = True
+        """Stop the thread; feeds should have been ended. Waits at most ``timeout_s``; hardly at all if not.
+
+        What was not delivered is left to whoever comes next: from here on nothing is noted in the recording.
+        """
+        with self._writing:
+            self._closing = True
         self._wake.set()
         if self._thread is not None:
             with self._lock:
@@ -166,63 +190,57 @@ class Relay:
                         self._changed.notify_all()
             with self._lock:
                 self._feeds = [feed for feed in self._feeds if not feed.done.is_set()]
+                self._offer_environments()
+            self._on_lag(self._lag())
         for feed in self._feeds:
-            _close(feed)
+            feed.delivery.close()
 
     def _pause_s(self) -> float:
         now = monotonic()
         waits = [max(feed.retry_at - now, 0.05) for feed in self._feeds if feed.failures]
         return min([self._flush_interval_s, *waits])
 
+    def _lag(self) -> int:
+        """How many windows the feed has not got that is furthest behind."""
+        windows = self._reader.head().windows
+        ends = [(windows if feed.until is None else min(windows, feed.until), feed) for feed in self._feeds]
+        return max([0, *(end - feed.record.next for end, feed in ends)])
+
     def _serve(self, feed: Feed) -> None:
         ending = feed.end_ns is not None
+        delivery = feed.delivery
         try:
             if ending:
                 self._await_cut(feed)
-            for batch in self._batches(feed):
-                self._write(feed, batch)
+            delivery.send()
             if ending:
-                self._finish(feed)
+                delivery.finish(self._figures(feed.record.start_ns, feed.end_ns))
+                feed.done.set()
             feed.failures = 0
+        except Halted:
+            return
         except Exception as exc:  # a tracker's client may raise anything
             self._back_off(feed, exc)
+        if delivery.refusal:
+            warn_once(f"rejected {feed.key}", f"{feed.key} refused {delivery.refusal}.")
 
-    def _batches(self, feed: Feed) -> Iterator[list[Row]]:
-        rows: list[Row] = []
-        for row in self._reader.windows(feed.next):
-            rows.append(row)
-            if len(rows) == BATCH_WINDOWS:
-                yield rows
-                rows = []
-        if rows:
-            yield rows
+    def _note(self, record: records.Feed) -> None:
+        with self._writing:
+            if self._closing:
+                raise Halted
+            self._records.put(record)
 
-    def _write(self, feed: Feed, rows: list[Row]) -> None:
-        mine = [row for row in rows if feed.holds(row)]
-        if mine:
-            try:
-                feed.sink.write(Batch(mine, self._metrics))
-            except RejectedError as exc:
-                feed.dropped += len(mine)
-                warn_once(f"rejected {feed.key}", f"{feed.key} refused {len(mine)} windows: {exc}.")
-        feed.next = rows[-1].last + 1
-        self._note(feed)
-
-    def _finish(self, feed: Feed) -> None:
-        figures = self._figures(feed.start_ns, feed.end_ns)
-        try:
-            feed.sink.finish(figures._replace(dropped=figures.dropped + feed.dropped))
-        except RejectedError as exc:
-            warn_once(f"rejected {feed.key}", f"{feed.key} refused the final figures: {exc}.")
-        _close(feed)
-        feed.record.done = True
-        self._note(feed)
-        feed.done.set()
-
-    def _note(self, feed: Feed) -> None:
-        record = feed.record
-        record.next, record.end_ns, record.dropped = feed.next, feed.end_ns, feed.dropped
-        self._records.put(record)
+    def _offer_environments(self) -> None:
+        """Tell what is needed now: a token may have been set, or exchanged, since the sink was made."""
+        environments = {}
+        for feed in self._feeds:
+            ask = getattr(feed.sink, "environment", None)
+            if ask is not None and feed.record.target:
+                try:
+                    environments[feed.key] = ask()
+                except Exception as exc:  # as with anything a sink does
+                    warn_once(f"environment {feed.key}", f"{feed.key} cannot be handed over ({type(exc).__name__}).")
+        self._hand_over(environments)
 
     def _await_cut(self, feed: Feed) -> None:
         deadline = monotonic() + CUT_TIMEOUT_S
@@ -231,14 +249,20 @@ class Relay:
 
     def _back_off(self, feed: Feed, exc: Exception) -> None:
         feed.failures += 1
-        wait_s = min(BACKOFF_S[0] * 2 ** (feed.failures - 1), BACKOFF_S[1]) * random.uniform(0.5, 1.0)
-        if isinstance(exc, DeliveryError) and exc.retry_after_s is not None:
-            wait_s = max(wait_s, exc.retry_after_s)
+        wait_s = backoff_s(feed.failures, exc)
         feed.retry_at = monotonic() + wait_s
         warn_once(
             f"failing {feed.key}",
             f"{feed.key} does not take its windows ({type(exc).__name__}: {exc}). They wait in the recording.",
         )
+
+
+def backoff_s(failures: int, exc: Exception) -> float:
+    """How long to wait after so many failures in a row, in seconds; what the tracker asked for counts."""
+    wait_s: float = min(BACKOFF_S[0] * 2 ** min(failures - 1, 10), BACKOFF_S[1]) * random.uniform(0.5, 1.0)
+    if isinstance(exc, DeliveryError) and exc.retry_after_s is not None:
+        wait_s = max(wait_s, exc.retry_after_s)
+    return wait_s
 
 
 def _address(sink: Sink) -> tuple[str, dict[str, str]]:
@@ -247,8 +271,22 @@ def _address(sink: Sink) -> tuple[str, dict[str, str]]:
     return getattr(sink, "name", ""), dict(target) if target else {}
 
 
-def _close(feed: Feed) -> None:
-    try:
-        feed.sink.close()
-    except Exception as exc:  # a sink should not, but it is not the training's fault
-        warn_once(f"closing {feed.key}", f"{feed.key} could not be closed ({type(exc).__name__}: {exc}).")
+def _free_key(key: str, taken: set[str]) -> str:
+    """The key, with a number behind it while the same run, resumed, is still owed what it was fed before."""
+    number = 1
+    free = key
+    while free in taken:
+        number += 1
+        free = f"{key}#{number}"
+    return free
+
+
+def _check_room(record: records.Feed) -> None:
+    """A target of which not all fits is worth nothing."""
+    found = records.Feed.unpack(record.pack(1))
+    if found is None or found[1].target != record.target:
+        record.target = {}
+        warn_once(
+            f"target {record.key}",
+            f"the address of {record.key} is too long to be kept: what is undelivered when this process dies stays so.",
+        )

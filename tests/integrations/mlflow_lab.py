@@ -212,6 +212,11 @@ def mlflow_server(_server):
 # -- a proxy that misbehaves --------------------------------------------------------------------------------------
 
 
+class _QuietServer(ThreadingHTTPServer):
+    def handle_error(self, request, client_address):
+        """A client that was killed in the middle is nothing to print."""
+
+
 class Proxy(Store):
     """An HTTP proxy in front of a server. ``misbehave`` decides what becomes of each of memtrack's requests.
 
@@ -224,6 +229,8 @@ class Proxy(Store):
         self.misbehave: Callable[[int], tuple[Any, ...] | None] = lambda number: None
         self.requests: list[float] = []
         """When each of memtrack's requests came, monotonic."""
+        self.gate: Callable[[Any], int | None] = lambda headers: None
+        """Told of the headers of each request, whoever sent it; a status is the answer in the server's stead."""
         proxy = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -240,6 +247,9 @@ class Proxy(Store):
 
             def forward(self, body):
                 what = None
+                refused = proxy.gate(self.headers)
+                if refused is not None:
+                    return self.answer(refused, {}, b"")
                 if self.path.endswith("/log-batch") and b"memory/" in body:
                     proxy.requests.append(time.monotonic())
                     what = proxy.misbehave(len(proxy.requests))
@@ -272,7 +282,7 @@ class Proxy(Store):
                 except OSError:
                     self.close_connection = True  # the client has gone
 
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._http = _QuietServer(("127.0.0.1", 0), Handler)
         self._http.daemon_threads = True
         self._http.block_on_close = False
         self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.05})

@@ -61,7 +61,7 @@ def pace(paces, since, until):
     return statistics.median(found), statistics.quantiles(found, n=100)[98]
 
 
-def test_a_server_that_is_away_for_thirty_seconds(mlflow_server, train):
+def test_a_server_that_is_away_for_thirty_seconds(mlflow_server, train, fault):
     """Killed and started again while a run goes on: all windows arrive, no step is slowed, one line is said.
 
     Nobody else talks to the server meanwhile, so that all that is printed is memtrack's doing: neither MLflow's client
@@ -99,9 +99,10 @@ def test_a_server_that_is_away_for_thirty_seconds(mlflow_server, train):
     run = mlflow_server.client().get_run(run_id)
     assert run.info.status == "FINISHED"
     assert run.data.tags["memtrack.dropped"] == "0"
+    fault("MLflow: the server is killed, and started again after 30 s", delay_s=during[0] - before[0])
 
 
-def test_the_end_is_not_delayed_by_a_dead_server(mlflow_server, train):
+def test_the_end_is_not_delayed_by_a_dead_server(mlflow_server, train, fault):
     """The server is killed and the script ends: 2 s more, at the most, than the script takes without memtrack.
 
     MLflow itself tries to end the run for minutes; here its user has told it to try once more only.
@@ -128,6 +129,7 @@ def test_the_end_is_not_delayed_by_a_dead_server(mlflow_server, train):
     errors = [output.stderr.splitlines()[-1].partition("(")[0] for output in outputs]
     assert errors[0] == errors[1]
     assert delays[1] - delays[0] <= 2.0
+    fault("MLflow: exit while the server is dead", "nothing: it waits in the recording", delays[1] - delays[0])
     assert len(own_lines(outputs[1].stderr)) <= 1
     retries = [output.stderr.count("Retrying") for output in outputs]
     assert retries[0] == retries[1] >= 1, "those of MLflow's own requests"
@@ -143,6 +145,15 @@ MISBEHAVIOUR: dict[str, Callable[[int], tuple[Any, ...] | None]] = {
     "hang up": lambda number: ("hang up",) if number % 2 else None,
     # a gateway that has lost its server for a while
     "404": lambda number: ("answer", 404, {}) if number <= 3 else None,
+}
+
+
+SAID = {
+    "slow": "a request takes 10 s",
+    "429": "429 with Retry-After: 4",
+    "500": "status 500",
+    "hang up": "every other answer is lost",
+    "404": "a gateway's 404",
 }
 
 
@@ -170,7 +181,7 @@ def misbehaved(_server, tmp_path_factory):
 
 
 @pytest.mark.parametrize("how", MISBEHAVIOUR)
-def test_a_server_that_misbehaves(how, misbehaved):
+def test_a_server_that_misbehaves(how, misbehaved, fault):
     """Slow, overloaded, failing, or with answers that are lost: no step is slowed, and every window arrives once."""
     proxy, run_id, done = misbehaved[how]
     assert check_complete(proxy, run_id, done.recording, done.result["t_end"] - 0.3) >= 40
@@ -185,6 +196,8 @@ def test_a_server_that_misbehaves(how, misbehaved):
     assert len(own_lines(done.stderr)) == (0 if how == "slow" else 1)
     assert done.stderr.splitlines() == own_lines(done.stderr)
     assert done.result["t_ended"] - done.result["t_end"] <= 3
+    # before the exit, and at it no more than the test above says
+    fault(f"MLflow: {SAID[how]}", delay_s=bad[0] - good[0])
 
 
 def test_the_end_is_not_delayed_by_a_server_that_hangs(proxy, train):

@@ -13,6 +13,9 @@ import pytest
 
 import memtrack
 from memtrack.recording.reader import RecordingReader
+from tests.integrations.mlflow_lab import _server, mlflow_server, mlflow_template, train
+
+__all__ = ["_server", "mlflow_server", "mlflow_template", "train"]
 
 if sys.platform != "linux":
     pytest.skip("needs Linux", allow_module_level=True)

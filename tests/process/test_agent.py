@@ -100,7 +100,7 @@ with memtrack.start() as monitor:
     assert child.communicate(timeout=20)[0].split("\n") == ["no children", "True", "no children", ""]
 
 
-def test_start_where_children_are_ignored(run_child):
+def test_start_where_children_are_ignored(run_child, fault):
     """A program that ignores SIGCHLD, so that its children are collected by the kernel, can be monitored."""
     child = run_child("""
 import signal, memtrack
@@ -109,6 +109,7 @@ with memtrack.start() as monitor:
     print(monitor.wait_ready())
 """)
     assert child.communicate(timeout=20)[0] == "True\n"
+    fault("SIGCHLD is ignored in the training")
 
 
 @pytest.mark.parametrize("ending", ["SIGKILL", "os._exit", "sys.exit", "end", "SIGTERM"])
@@ -205,7 +206,7 @@ def test_files_are_private(tmp_path):
         os.umask(before)
 
 
-def test_full_disk(small_disk):
+def test_full_disk(small_disk, fault):
     """A disk without room for the recording is an error at start that says so; nothing is left, nothing is running."""
     folder = small_disk("size=2m")
     with pytest.raises(RecordingError, match=r"cannot allocate 4194304 bytes .*No space left.*MEMTRACK_RECORDING_SIZE"):
@@ -214,9 +215,10 @@ def test_full_disk(small_disk):
     assert active.monitor is None
     with memtrack.start(directory=str(folder), recording_size="1MiB") as monitor:
         assert monitor.wait_ready()
+    fault("the disk is full at the start", "nothing: start() is refused in a sentence")
 
 
-def test_disk_that_fills_up_later(small_disk, run_child, tools):
+def test_disk_that_fills_up_later(small_disk, run_child, tools, fault):
     """The space was allocated up front: a disk that is full afterwards stops neither the trainer nor the agent."""
     folder = small_disk("size=3m")
     child = run_child(f"""
@@ -238,9 +240,10 @@ print(monitor.summary().figures.windows > 10)
 """)
     assert child.communicate(timeout=30)[0] == "28\nTrue\n"
     assert child.returncode == 0
+    fault("the disk fills up after the start")
 
 
-def test_read_only_folder(small_disk):
+def test_read_only_folder(small_disk, fault):
     """A folder that cannot be written to is an error at start that names it."""
     folder = small_disk("size=1m,ro")
     for directory in (folder, folder / "below"):
@@ -249,6 +252,7 @@ def test_read_only_folder(small_disk):
         assert str(folder) in str(caught.value)
     assert os.listdir(folder) == []
     assert active.monitor is None
+    fault("the folder of the recordings is read-only", "nothing: start() is refused in a sentence")
 
 
 def test_folder_without_permission(tmp_path):
@@ -291,7 +295,7 @@ except AgentError as exc:
     assert child.communicate(timeout=20)[0] == "AgentError\n"
 
 
-def test_no_descriptor_to_spare(run_child):
+def test_no_descriptor_to_spare(run_child, fault):
     """Where no more files may be opened, start() raises one of memtrack's errors, and leaves nothing open."""
     child = run_child("""
 import os, resource, memtrack
@@ -312,3 +316,4 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLI
 print(sorted(outcomes), len(os.listdir("/proc/self/fd")) - limit, memtrack.monitor.active.monitor)
 """)
     assert child.communicate(timeout=60)[0] == "['refused', 'started'] 0 None\n"
+    fault("no descriptor is left at the start", "nothing: start() is refused in a sentence")

@@ -275,7 +275,7 @@ def test_ignored_signal_stays_ignored(start):
     assert (out, process.returncode) == ("survived\n", 0)
 
 
-def test_ctrl_c_arrives_once(environment, tmp_path):
+def test_ctrl_c_arrives_once(environment, tmp_path, fault):
     """The terminal signals the whole foreground group: memtrack must not pass on what the command has already got."""
     pid, terminal = pty.fork()
     if pid == 0:
@@ -298,6 +298,7 @@ def test_ctrl_c_arrives_once(environment, tmp_path):
         os.close(terminal)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 5
     assert seen.count(b"SIGINT") == 1
+    fault("Ctrl-C at a terminal, under memtrack run")
 
 
 def test_waiting_takes_little_memory(start):
@@ -314,7 +315,7 @@ def test_waiting_takes_little_memory(start):
     assert process.returncode == -signal.SIGTERM
 
 
-def test_removed_recording_is_no_disaster(start, tmp_path):
+def test_removed_recording_is_no_disaster(start, tmp_path, fault):
     """If somebody removes the recording meanwhile, the command's status still counts."""
     process = start(*MEMTRACK, "run", "--", "sh", "-c", "read line; exit 4", stdin=subprocess.PIPE)
     (path,) = until(lambda: made(tmp_path))
@@ -324,6 +325,7 @@ def test_removed_recording_is_no_disaster(start, tmp_path):
     assert process.returncode == 4
     assert "cannot open the recording" in err
     assert "Traceback" not in err
+    fault("the recording is removed under memtrack run", "the recording and the summary; the exit status is right")
 
 
 # -- attach, ls and report ------------------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ def test_child_leaves_the_parents_phase():
         outer.__exit__(None, None, None)
 
 
-def test_fork_while_the_lock_is_held():
+def test_fork_while_the_lock_is_held(fault):
     """A child forked while another thread was marking does not wait for that thread, which it does not have."""
     with memtrack.start() as monitor:
         held, release = threading.Event(), threading.Event()
@@ -101,6 +101,7 @@ def test_fork_while_the_lock_is_held():
         finally:
             release.set()
             thread.join()
+    fault("fork while another thread holds the lock of the marks")
 
 
 def test_parents_monitor_in_the_child(tools):
@@ -147,15 +148,16 @@ def test_child_starts_its_own_monitor(tmp_path, tools):
             assert reader.place().step == 2
 
 
-def test_fork_with_a_relay_running(tools):
+def test_fork_with_a_relay_running(tools, fault):
     """With the relay's thread at work, a hundred forks do not hang, and the sink gets each window once."""
     sink = RecordingSink()
     with memtrack.start(sinks=[sink], interval=0.05, flush_interval=0.1):
         for _ in range(100):
             assert in_child(mark_everything) == 0
     numbers = [row.first for row in sink.windows]
-    assert numbers == sorted(set(numbers))
+    assert numbers == list(range(numbers[0], numbers[-1] + 1))
     assert sink.figures is not None
+    fault("a hundred forks while the relay delivers")
 
 
 def _work(inbox, outbox):
@@ -168,7 +170,7 @@ def _work(inbox, outbox):
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_workers_of_multiprocessing(method, tools):
+def test_workers_of_multiprocessing(method, tools, fault):
     """Workers as a DataLoader starts them are seen as workers, however they are started."""
     context = multiprocessing.get_context(method)
     with memtrack.start(interval=0.2) as monitor, RecordingReader(monitor.path) as reader:
@@ -198,10 +200,11 @@ def test_workers_of_multiprocessing(method, tools):
         from multiprocessing import forkserver
 
         forkserver._forkserver._stop()
+    fault(f"workers of multiprocessing, by {method}")
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_worker_that_runs_the_main_script_again(tmp_path, method):
+def test_worker_that_runs_the_main_script_again(tmp_path, method, fault):
     """A script that calls autolog() without a guard, and has workers, is monitored once."""
     script = tmp_path / "train.py"
     script.write_text(f"""
@@ -229,3 +232,4 @@ if __name__ == "__main__":
     (path,) = tmp_path.glob("*.mtk")
     with RecordingReader(str(path)) as reader:
         assert reader.place().step == 5
+    fault(f"multiprocessing.Pool in a script without a guard, by {method}")

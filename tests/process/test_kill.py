@@ -99,7 +99,7 @@ def check_windows(path, died_ns):
 
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("agent_too", [False, True], ids=["trainer", "trainer and agent"])
-def test_kill_at_random_moments(tmp_path, agent_too):
+def test_kill_at_random_moments(tmp_path, agent_too, fault):
     """300 kills (and 60 of the whole lot, as a container's OOM kill is): it opens, nothing is torn, nothing is old."""
     rng = random.Random(7)
     ages = []
@@ -129,6 +129,10 @@ def test_kill_at_random_moments(tmp_path, agent_too):
     assert samples[int(0.95 * len(samples))] <= INTERVAL_S, samples[-20:]
     # an interval, and half of one for a tick that a loaded machine makes late
     assert windows[int(0.95 * len(windows))] <= 1.5 * INTERVAL_S, windows[-20:]
+    fault(
+        f"kill -9 of the training{' and its agent' if agent_too else ''} at any moment, {kills} times",
+        f"what came after the last sample: {samples[len(samples) // 2] * 1000:.0f} ms (median)",
+    )
 
 
 def wait_for_end(path):

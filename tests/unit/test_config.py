@@ -60,7 +60,9 @@ WRONG = [
     )],
     *[("cpu_budget", value) for value in (0, -0.1, 101, math.nan, math.inf, "much", True, [], "0.2%")],
     *[("metrics", value) for value in ("", "rss", ["memory/process", "rss"], [], 5, ",", "Default")],
-    *[("directory", value) for value in (5, ["x"], 1.5)],
+    *[("directory", value) for value in (5, ["x"], 1.5, "", "a\0b")],
+    *[("keep", value) for value in (0, -1, 0.5, 1e12, "many", math.nan)],
+    *[("keep_days", value) for value in (0, -1, 1e12, "long", math.inf)],
 ]  # fmt: skip
 
 

@@ -313,7 +313,7 @@ def test_phases(writer, reader):
     for turn in range(7):
         for phase in (0, train):
             row = window(phase)
-            row.first, row.end_ns = phase, 77
+            row.first, row.start_ns, row.end_ns = phase, 0, 77
             row.cells[metrics.RSS].max = 1000.0 * phase + turn
             writer.put_phase(row)
         found = reader.phases()
@@ -469,11 +469,11 @@ def test_another_writer_goes_on(make_recording, monkeypatch, when):
         path = make_recording()
         writer = RecordingWriter(path)
         left = victim
-        written = 0
+        armed = False
 
         def pwrite(fd, data, offset, real=os.pwrite):
             nonlocal left
-            if written >= when:
+            if armed:  # noqa: B023 - it is this round's
                 if left == 0:
                     raise Killed
                 left -= 1
@@ -483,7 +483,7 @@ def test_another_writer_goes_on(make_recording, monkeypatch, when):
             patch.setattr(os, "pwrite", pwrite)
             for number in range(when + 10):
                 writer.append(window(number))
-                written = number
+                armed = number >= when
                 row = window(number)
                 row.first = 0
                 writer.put_phase(row)

@@ -39,13 +39,13 @@ def test_every_extra_exists():
 
 def test_unknown_sink():
     """An unknown name is an error that lists the known ones."""
-    with pytest.raises(SettingsError, match=r"sinks='nope': no such sink\. There are: jsonl, mlflow"):
+    with pytest.raises(SettingsError, match=r"sinks='nope': no such sink\. There are: comet, jsonl, mlflow, wandb"):
         registry.load_sink("nope")
 
 
 def test_unknown_tracker():
     """As is an unknown tracker."""
-    with pytest.raises(SettingsError, match=r"trackers='nope': no such tracker\. There are: mlflow\."):
+    with pytest.raises(SettingsError, match=r"trackers='nope': no such tracker\. There are: comet, mlflow, wandb\."):
         registry.load_autolog("nope")
 
 
@@ -53,11 +53,11 @@ def test_sink_of_another_distribution(monkeypatch):
     """A distribution that is installed, which here is a folder on the path, adds a sink by its entry point."""
     monkeypatch.syspath_prepend(str(PLUGIN))
     importlib.invalidate_caches()
-    assert registry.sink_names() == ["fake", "jsonl", "mlflow"]
+    assert registry.sink_names() == ["comet", "fake", "jsonl", "mlflow", "wandb"]
     import memtrack_fake_plugin
 
     assert registry.load_sink("fake") is memtrack_fake_plugin.FakeSink
-    with pytest.raises(SettingsError, match="There are: fake, jsonl, mlflow"):
+    with pytest.raises(SettingsError, match="There are: comet, fake, jsonl, mlflow, wandb"):
         registry.load_sink("nope")
 
 

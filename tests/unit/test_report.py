@@ -13,10 +13,10 @@ import pytest
 
 from memtrack import metrics
 from memtrack.errors import RecordingError, RecordingFormatError
-from memtrack.monitor import boot_id
 from memtrack.recording import layout
 from memtrack.recording.layout import Head
 from memtrack.recording.marks import MarkWriter
+from memtrack.recording.standing import boot_id
 from memtrack.recording.writer import RecordingWriter, create
 from memtrack.sampling.window import EXACT, NOWHERE, Place, Row
 
@@ -211,7 +211,7 @@ def test_json_has_the_documented_keys(tmp_path):
     found = json.loads(encode(collect(make_recording(tmp_path).path)))
     assert list(found) == [
         "format", "recording", "name", "program", "pid", "started", "seconds", "state",
-        "peak", "tree", "limit", "memtrack", "phases", "events", "metrics",
+        "peak", "tree", "limit", "memtrack", "phases", "verdict", "stacks", "events", "metrics",
     ]  # fmt: skip
     assert found["peak"] == {
         "rss_mib": 320.0, "label": "exact", "time_s": pytest.approx(2.5), "phase": "train", "epoch": 1, "step": 20,
