@@ -75,13 +75,21 @@ def fault(request):
 
 
 def pytest_sessionfinish(session):
-    """Leave the table of faults in ``test-artifacts/faults.md``."""
+    """Leave the table of faults in ``test-artifacts/faults.md``; of several processes that test, the first does."""
     rows = session.config.stash.get(FAULTS, [])
-    if rows:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["faults"] = rows
+    elif rows:
         folder = session.config.rootpath / "test-artifacts"
         folder.mkdir(exist_ok=True)
         lines = ["| fault | lost | training delayed by |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
         (folder / "faults.md").write_text("\n".join(lines) + "\n")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """Collect the rows of another process."""
+    node.config.stash.setdefault(FAULTS, []).extend(getattr(node, "workeroutput", {}).get("faults", []))
 
 
 @pytest.fixture

@@ -98,6 +98,7 @@ class MlflowSink:
     def reopen(cls, target: dict[str, str]) -> MlflowSink:
         """A sink for the same run from another process; no run becomes active."""
         uri = _where.known(target["uri"])
+        _where.check_trusted(uri)
         _where.check_there(uri)
         start_ms = target.get("start_time_ms")
         try:

@@ -17,6 +17,7 @@ VARIABLES = {
     *("no_proxy", "http_proxy", "https_proxy", "all_proxy"),
 }
 SQLITE = "sqlite:///"
+SECRETS = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_AUTH")
 
 
 def environment(uri: str, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -55,6 +56,25 @@ def known(uri: str) -> str:
     """A public URI with what this process knows of it besides: that of its environment if both mean the same."""
     own = absolute(os.environ.get("MLFLOW_TRACKING_URI", "") or uri)
     return own if public(own).rstrip("/") == uri.rstrip("/") else uri
+
+
+def check_trusted(uri: str) -> None:
+    """Raise DeliveryError if this process's credentials would go to a server that they are not meant for.
+
+    ``uri`` comes from a recording, which somebody else may have made: credentials go to the configured server only.
+    """
+    parts = urlsplit(uri)
+    own = urlsplit(os.environ.get("MLFLOW_TRACKING_URI", ""))
+    if not parts.netloc or (parts.scheme, parts.netloc.rpartition("@")[2]) == (
+        own.scheme,
+        own.netloc.rpartition("@")[2],
+    ):
+        return
+    if any(os.environ.get(name) for name in SECRETS):
+        raise DeliveryError(
+            f"the recording names {public(uri)}, and the credentials in MLFLOW_TRACKING_* may be for another server. "
+            f"If they are for this one, set MLFLOW_TRACKING_URI={public(uri)}"
+        )
 
 
 def check_there(uri: str) -> None:

@@ -270,9 +270,9 @@ class RecordingReader:
 
     def _read(self, offset: int, size: int) -> bytes:
         """Exactly ``size`` bytes: zeros stand for what is missing from a file that somebody has cut meanwhile."""
+        if not self._file.is_ours:
+            self._reopen()
         try:
-            if not self._file.is_ours:
-                self._reopen()
             return os.pread(self._file.fd, size, offset).ljust(size, b"\0")
         except OSError as exc:
             raise RecordingError(f"cannot read the recording {self.path}: {exc.strerror}") from exc

@@ -367,7 +367,13 @@ def test_a_token_for_sync(mlflow_server, tmp_path):
         output = (process := sync(path.parent, proxy)).communicate(timeout=60)[0]
         assert process.returncode == 1
         assert re.search(r"\d+ wait: .*401", output), output
-        output = (process := sync(path.parent, None, env={"MLFLOW_TRACKING_TOKEN": "tok3n"})).communicate(timeout=60)[0]
+        token = {"MLFLOW_TRACKING_TOKEN": "tok3n"}
+        before = len(proxy.requests)
+        output = (process := sync(path.parent, None, env=token)).communicate(timeout=60)[0]
+        assert process.returncode == 1
+        assert "may be for another server" in output
+        assert len(proxy.requests) == before, "a token goes to the configured server only, whatever a recording says"
+        output = (process := sync(path.parent, proxy, env=token)).communicate(timeout=60)[0]
         assert process.returncode == 0, output
     check_once(mlflow_server, run_id, path)
 

@@ -179,7 +179,7 @@ def test_no_secret_gets_out(mlflow_server, train, tmp_path, tokens, end):
             assert not found_in(path.read_bytes(), tokens), (path, found_in(path.read_bytes(), tokens))
     run = mlflow_server.client().get_run(run_id)
     assert run.info.status != "RUNNING"
-    assert any(b"memtrack/cli/courier" in words for words in cmdlines.seen.values()) or end == "in order"
+    assert any(b"memtrack/cli/courier" in words for words in cmdlines.seen.values()) or end != "killed"
     tags = {key: value for key, value in run.data.tags.items() if key.startswith("memtrack")}
     assert not found_in(repr((tags, sorted(run.data.metrics))).encode(), tokens)
     # that they were there to be found: MLflow has the parameter, the process its argument
