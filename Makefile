@@ -36,8 +36,9 @@ $(READY): pyproject.toml
 demo: $(READY)  ## train a small model and show where its memory went
 	@MPLBACKEND=Agg $(BIN)/python examples/demo.py
 
+# Two at a time: most of them wait for servers and processes.
 test: $(READY)  ## every test but the slow ones
-	@MPLBACKEND=Agg $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	@MPLBACKEND=Agg $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(PYTEST_ARGS)
 
 soak: $(READY)  ## the slow tests: long runs, outages, many workers
 	@MPLBACKEND=Agg $(BIN)/python -m pytest -m slow --timeout=1800 $(PYTEST_ARGS)

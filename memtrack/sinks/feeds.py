@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from memtrack.errors import RejectedError
 from memtrack.notices import warn_once
 from memtrack.recording import layout
+from memtrack.recording.descriptor import Descriptor
 from memtrack.recording.records import Feed
 from memtrack.sinks.base import Batch
 
@@ -134,7 +135,8 @@ class FeedWriter:
     """Writes the feeds of one recording. One writer at a time; not thread-safe."""
 
     def __init__(self, path: str) -> None:
-        self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        self._path = path
+        self._file = Descriptor(os.open(path, os.O_RDWR | os.O_CLOEXEC))
         self._slots: dict[str, int] = {}
         self._lines: dict[int, int] = {}
         """The newest of the two records of each slot."""
@@ -160,17 +162,26 @@ class FeedWriter:
         self._turn += 1
         # the record of the two that is not the newest
         line = self._lines[slot] = self._lines.get(slot, 2 * slot) ^ 1
-        os.pwrite(self._fd, feed.pack(self._turn), layout.FEEDS + line * layout.FEED_SIZE)
+        if not self._file.is_ours:  # somebody in this process has closed it, and may have another file there
+            self._reopen()
+        os.pwrite(self._file.fd, feed.pack(self._turn), layout.FEEDS + line * layout.FEED_SIZE)
         if feed.done:
             self._done.add(feed.key)
 
     def close(self) -> None:
         """Close the file."""
-        os.close(self._fd)
+        self._file.close()
+
+    def _reopen(self) -> None:
+        again = Descriptor(os.open(self._path, os.O_RDWR | os.O_CLOEXEC))
+        if not again.is_as(self._file):
+            again.close()
+            raise FileNotFoundError(f"{self._path} is another file by now")
+        self._file = again
 
     def _table(self) -> Iterator[tuple[int, int, Feed]]:
         size = layout.FEED_SIZE
-        table = os.pread(self._fd, layout.FEED_COUNT * 2 * size, layout.FEEDS)
+        table = os.pread(self._file.fd, layout.FEED_COUNT * 2 * size, layout.FEEDS)
         for line in range(layout.FEED_COUNT * 2):
             found = Feed.unpack(table[line * size : (line + 1) * size])
             if found is not None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import stat
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from memtrack.errors import DeliveryError, RecordingError, RejectedError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from memtrack.sinks.base import Batch, RunFigures
 
 
@@ -30,10 +32,12 @@ class JsonLinesSink:
     def __init__(self, *, path: str | None = None, recording: str = "memtrack.mtk") -> None:
         self.path = os.path.abspath(path if path is not None else os.path.splitext(recording)[0] + ".jsonl")
         try:
-            fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            os.close(self._open())
         except OSError as exc:
             raise RecordingError(f"cannot open {self.path} for the 'jsonl' sink: {exc.strerror}") from exc
-        self._file: IO[str] = os.fdopen(fd, "w", encoding="utf-8")
+
+    def _open(self) -> int:
+        return os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
 
     @property
     def key(self) -> str:
@@ -66,19 +70,16 @@ class JsonLinesSink:
     def finish(self, figures: RunFigures) -> None:
         self._append([json.dumps({"figures": figures._asdict()})])
 
-    def _append(self, lines: object) -> None:
+    def _append(self, lines: Iterable[str]) -> None:
+        # opened each time: a descriptor that is held may be closed by the training, and be its own file's by now
         try:
-            for line in lines:  # type: ignore[attr-defined]
-                self._file.write(line + "\n")
-            self._file.flush()
+            with os.fdopen(self._open(), "w", encoding="utf-8") as file:
+                file.writelines(line + "\n" for line in lines)
         except OSError as exc:
             raise DeliveryError(f"cannot write to {self.path}: {exc.strerror}") from exc
 
     def close(self) -> None:
-        try:
-            self._file.close()
-        except OSError:
-            pass
+        """Nothing is held."""
 
 
 def _cut_torn_line(path: str) -> None:

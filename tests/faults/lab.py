@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -36,6 +37,7 @@ class Child:
     def __init__(self, folder, code, *arguments, prefix=(), environment=None, as_nobody=False, **options):
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._is_nobodys = as_nobody
         if as_nobody:
             prefix = [*prefix, *NOBODY]
             self.folder = Path(tempfile.mkdtemp())  # the folders of pytest are closed to others
@@ -86,6 +88,8 @@ class Child:
                 except OSError:
                     pass
         self.process.wait()
+        if self._is_nobodys:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def until(condition, timeout_s=20.0, pause_s=0.01):

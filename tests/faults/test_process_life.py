@@ -286,7 +286,6 @@ def test_all_descriptors_closed(running, fault):
     )
 
 
-@pytest.mark.xfail(strict=True, reason="FeedWriter and JsonLinesSink do not look at whose their descriptors are")
 def test_all_descriptors_closed_with_a_sink(running, fault):
     """The same while a sink is fed: the windows arrive, in its own file."""
     one = running["closing, with a sink"]

