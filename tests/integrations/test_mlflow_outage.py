@@ -210,7 +210,7 @@ def test_the_end_is_not_delayed_by_a_server_that_hangs(proxy, train):
     gone = time.time()
     left = float(next(line for line in done.stdout.splitlines() if line.startswith("EXIT"))[5:])
     assert done.result["t_ended"] - done.result["t_end"] <= 2.0 + 0.7
-    # the two seconds have been spent: the process goes without another wait (this is how long an interpreter with MLflow
-    # takes to end on a machine that is busy; without memtrack it was 0.9 to 1.7 s)
+    # the two seconds have been spent: the process goes without another wait. An interpreter with MLflow takes 0.9 to
+    # 1.7 s to end on a machine that is busy, with memtrack or without.
     assert gone - left <= 3.0
     assert proxy.requests
