@@ -70,7 +70,7 @@ class Budget:
 
     __slots__ = ("_balance_ns", "_cap_ns", "_cpu_ns", "_share", "_wall_ns", "exhausted")
 
-    def __init__(self, share: float, now_ns: int, cpu_ns: int, credit_s: float = 0.025) -> None:
+    def __init__(self, share: float, now_ns: int, cpu_ns: int, credit_s: float = 0.05) -> None:
         self._share = share
         self._wall_ns = now_ns
         self._cpu_ns = cpu_ns

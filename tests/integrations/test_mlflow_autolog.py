@@ -497,8 +497,8 @@ report(run_id=run.info.run_id, t0=t0, t1=t1, grown=grown, shrunk=shrunk)
     for name, found in series.items():
         assert len(found) >= 28, name
         stamps = [stamp / 1000 for stamp, *_ in found]
-        # what is dear to measure, such as PSS, comes with the second window
-        assert result["t0"] <= stamps[0] <= result["t0"] + (1.2 if name == metrics.RSS else 2.2)
+        # what takes two readings, or is dear, comes with the second window; on a busy machine with the fourth
+        assert result["t0"] <= stamps[0] <= result["t0"] + (1.2 if name == metrics.RSS else 4.4)
         assert result["t1"] - 0.2 <= stamps[-1] <= result["t1"] + 0.2
         assert all(0 < later - earlier < 1.4 for earlier, later in itertools.pairwise(stamps)), name
 
