@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from memtrack import config, registry
-from memtrack.errors import MissingDependencyError
+from memtrack import config, imports, registry
 from memtrack.monitor import Monitor, active
 from memtrack.notices import warn_once
 
@@ -90,13 +90,27 @@ def autolog(
 
 
 def _follow(tracker: str, *, asked_for: bool) -> None:
+    module = registry.MODULES.get(tracker, tracker)
+    if asked_for:
+        _undo[tracker] = registry.load_autolog(tracker)(attach)
+    elif module in sys.modules:
+        _follow_now(tracker)
+    elif find_spec(module) is not None:
+        _follow_later(tracker, module)
+
+
+def _follow_now(tracker: str) -> None:
     try:
         _undo[tracker] = registry.load_autolog(tracker)(attach)
-    except MissingDependencyError as exc:
-        if asked_for:
-            raise
-        if find_spec(registry.MODULES.get(tracker, tracker)) is not None:
-            warn_once(f"autolog {tracker}", f"{exc}.")
+    except Exception as exc:
+        warn_once(f"autolog {tracker}", f"memtrack does not follow the runs of {tracker} ({exc}).")
+
+
+def _follow_later(tracker: str, module: str) -> None:
+    """Follow a tracker that is installed once it is imported: most programs import one, and what follows the others
+    need not be held in memory."""
+    _undo[tracker] = functools.partial(imports.forget, module)
+    imports.when_imported(module, functools.partial(_follow_now, tracker))
 
 
 def attach(make_sink: Callable[[], Sink]) -> Attached | None:
