@@ -506,7 +506,8 @@ report(run_id=run.info.run_id, t0=t0, t1=t1, grown=grown, shrunk=shrunk)
     peaks = series[metrics.peak_name(metrics.RSS)]
     high = [stamp / 1000 for stamp, _, value in peaks if value > max(v for *_, v in peaks) - 100]
     assert result["grown"] - 0.2 <= high[0] <= result["grown"] + 1.2
-    assert result["shrunk"] - 0.2 <= high[-1] <= result["shrunk"] + 1.2
+    # a process that stands still is looked at every 0.2 s, or somewhat later on a busy machine
+    assert result["shrunk"] - 0.45 <= high[-1] <= result["shrunk"] + 1.2
     for stamp, _, value in peaks:
         if stamp / 1000 < result["grown"] - 0.2 or stamp / 1000 > result["shrunk"] + 1.2:
             assert value < max(v for *_, v in peaks) - 100
