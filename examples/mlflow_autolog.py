@@ -19,8 +19,7 @@ def main():
                 mlflow.log_metric("loss", 1 / (1 + step), step=step)
                 del block
         tags = mlflow.get_run(run.info.run_id).data.tags
-        # the end of a run is delayed by 2 s at the most: on a busy machine its tags may come a little later
-        print(f"{run.info.run_name}: peak {tags.get('memtrack.peak')} at step {tags.get('memtrack.peak_step')}")
+        print(f"{run.info.run_name}: peak {tags['memtrack.peak']} at step {tags['memtrack.peak_step']}")
 
 
 if __name__ == "__main__":

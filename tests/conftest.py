@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import tempfile
 
 import pytest
 
@@ -53,6 +54,27 @@ def _stop_everything() -> None:
     monitor = sys.modules.get("memtrack.monitor")
     if monitor is not None and monitor.active.monitor is not None:
         monitor.active.monitor.stop()
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item):
+    """A test marked ``alone`` measures time: no other process of the suite tests meanwhile.
+
+    Two locks, which the kernel takes back whatever happens: who waits to be alone stands in the door, so that the
+    others, which come again and again, cannot keep it waiting for ever.
+    """
+    workers = getattr(item.config, "workerinput", None)
+    if workers is None:
+        return (yield)
+    import fcntl
+
+    folder = os.path.join(tempfile.gettempdir(), f"memtrack-tests-{workers['testrunuid']}")
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, "door"), "w") as door, open(os.path.join(folder, "room"), "w") as room:
+        fcntl.flock(door, fcntl.LOCK_EX)
+        fcntl.flock(room, fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH)
+        fcntl.flock(door, fcntl.LOCK_UN)
+        return (yield)
 
 
 FAULTS = pytest.StashKey[list[tuple[str, str, str]]]()

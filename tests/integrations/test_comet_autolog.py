@@ -348,8 +348,7 @@ def test_experiments_of_one_process_are_kept_apart(lab):
         key, *times = done.result[name]
         series = lab.log("sequence", key).series
         check_series(series, done.recording, *times)
-        # repeats within one are Comet's own affair, see check_series
-        stamps += {stamp for stamp, _ in series[metrics.RSS]}
+        stamps += [stamp for stamp, _ in series[metrics.RSS]]
     assert len(set(stamps)) == len(stamps)
     assert done.result["recordings"] == 1
     assert "memtrack" not in done.stderr

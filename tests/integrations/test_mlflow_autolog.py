@@ -457,6 +457,7 @@ report(run_id=run.info.run_id)
 # -- what is shown --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 def test_thirty_seconds_at_the_default_cadence(mlflow_server, train):
     """Each default chart has at least 28 points after 30 s, each within 0.2 s of when its window really ended.
 
@@ -497,8 +498,8 @@ report(run_id=run.info.run_id, t0=t0, t1=t1, grown=grown, shrunk=shrunk)
     for name, found in series.items():
         assert len(found) >= 28, name
         stamps = [stamp / 1000 for stamp, *_ in found]
-        # what takes two readings, or is dear, comes with the second window; on a busy machine with the fourth
-        assert result["t0"] <= stamps[0] <= result["t0"] + (1.2 if name == metrics.RSS else 4.4)
+        # what is dear to measure, such as PSS, comes with the second window
+        assert result["t0"] <= stamps[0] <= result["t0"] + (1.2 if name == metrics.RSS else 2.2)
         assert result["t1"] - 0.2 <= stamps[-1] <= result["t1"] + 0.2
         assert all(0 < later - earlier < 1.4 for earlier, later in itertools.pairwise(stamps)), name
 
@@ -506,8 +507,7 @@ report(run_id=run.info.run_id, t0=t0, t1=t1, grown=grown, shrunk=shrunk)
     peaks = series[metrics.peak_name(metrics.RSS)]
     high = [stamp / 1000 for stamp, _, value in peaks if value > max(v for *_, v in peaks) - 100]
     assert result["grown"] - 0.2 <= high[0] <= result["grown"] + 1.2
-    # a process that stands still is looked at every 0.2 s, or somewhat later on a busy machine
-    assert result["shrunk"] - 0.45 <= high[-1] <= result["shrunk"] + 1.2
+    assert result["shrunk"] - 0.2 <= high[-1] <= result["shrunk"] + 1.2
     for stamp, _, value in peaks:
         if stamp / 1000 < result["grown"] - 0.2 or stamp / 1000 > result["shrunk"] + 1.2:
             assert value < max(v for *_, v in peaks) - 100

@@ -49,6 +49,7 @@ with mlflow.start_run() as run:
 """
 
 
+@pytest.mark.alone
 def test_a_training_that_is_killed_out_of_memory(make_group, mlflow_server, train, fault):
     """FAILED, with a confirmed verdict that names limit, phase and step, the last windows, and who allocated."""
     group = make_group(LIMIT_MIB)
@@ -82,8 +83,7 @@ def test_a_training_that_is_killed_out_of_memory(make_group, mlflow_server, trai
     assert frames[-2:] == ["train", "<module>"]
     series = mlflow_server.series(run_id)
     newest_s = {name: max(stamp for stamp, *_ in found) / 1000 for name, found in series.items()}
-    # 4 ms on a quiet machine; here other tests may take the processor from the agent
-    assert newest_s["memory/container/usage_mib"] >= died_s - 0.25
+    assert newest_s["memory/container/usage_mib"] >= died_s - 0.05
     # the kernel takes the memory from what it kills, which may last, before anybody is told of the death
     assert newest_s["memory/process/rss_mib"] >= died_s - 0.5
     assert check_once(mlflow_server, run_id, recording) >= 10

@@ -200,6 +200,7 @@ def test_a_server_that_misbehaves(how, misbehaved, fault):
     fault(f"MLflow: {SAID[how]}", delay_s=bad[0] - good[0])
 
 
+@pytest.mark.alone
 def test_the_end_is_not_delayed_by_a_server_that_hangs(proxy, train):
     """A request that gets no answer for 20 s does not keep the run from ending: 2 s in all, then the exit."""
     proxy.misbehave = lambda number: ("wait", 20.0)
@@ -210,7 +211,6 @@ def test_the_end_is_not_delayed_by_a_server_that_hangs(proxy, train):
     gone = time.time()
     left = float(next(line for line in done.stdout.splitlines() if line.startswith("EXIT"))[5:])
     assert done.result["t_ended"] - done.result["t_end"] <= 2.0 + 0.7
-    # the two seconds have been spent: the process goes without another wait. An interpreter with MLflow takes 0.9 to
-    # 1.7 s to end on a machine that is busy, with memtrack or without.
-    assert gone - left <= 3.0
+    # the two seconds have been spent: the process goes without another wait
+    assert gone - left <= 1.0
     assert proxy.requests

@@ -26,6 +26,7 @@ FEW = {
 RSS_MIB = 10.0
 
 
+@pytest.mark.alone
 def test_start_takes_little_of_the_callers_time(tools):
     """``start()`` returns within 50 ms (median): it does not wait for the agent to sample."""
     times = []

@@ -68,8 +68,8 @@ def test_a_million_windows(make_recording):
 
     after = os.stat(path)
     assert after.st_size == 4 << 20
-    # the file system may need a block more for its own list of the parts
-    assert after.st_blocks <= stat.st_blocks + 128
+    # ext4 counts a page of its own list of the parts once that does not fit into the inode any more
+    assert after.st_blocks - stat.st_blocks in (0, 8)
     with RecordingReader(path) as reader:
         total, numbers = None, 0
         for row in reader.windows():

@@ -7,6 +7,8 @@ import select
 import statistics
 import time
 
+import pytest
+
 from memtrack.recording import layout
 from memtrack.recording.reader import RecordingReader
 
@@ -61,6 +63,7 @@ def largest_gap_s(child, reader):
     return max(later - earlier for earlier, later in itertools.pairwise(inside)) / 1e9
 
 
+@pytest.mark.alone
 def test_no_gap_while_the_gil_is_held(run_child):
     """During one sorted() of some three seconds, no two samples are further apart than 0.3 s."""
     child = run_child(TRAIN)

@@ -97,6 +97,7 @@ def check_windows(path, died_ns):
         return (died_ns - recording.pulse().mono_ns) / 1e9, (died_ns - newest_ns) / 1e9
 
 
+@pytest.mark.alone
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("agent_too", [False, True], ids=["trainer", "trainer and agent"])
 def test_kill_at_random_moments(tmp_path, agent_too, fault):

@@ -11,6 +11,7 @@ from memtrack.sampling.window import EXACT, SAMPLED
 SPIKE_MIB = 300
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("interval", [0.2, 1.0, 5.0])
 def test_short_spike_shows(run_child, interval):
     """300 MiB that live for 50 ms are in the maximum of their window to within 10 %, and of no other."""
@@ -54,6 +55,7 @@ print(monitor.path, before, top, began, ended)
     assert all(value < before + 0.1 * SPIKE_MIB for value in outside)
 
 
+@pytest.mark.alone
 def test_burst_of_spikes(run_child):
     """Of twenty spikes of 50 ms and different height, each higher than the one before shows exactly."""
     child = run_child(
