@@ -31,6 +31,7 @@ def start(
     recording_size: Size | None = None,
     directory: str | None = None,
     metrics: str | Iterable[str] | None = None,
+    selective: bool | None = None,
     cpu_budget: float | None = None,
     tick: Duration | None = None,
     stacks: str | None = None,
@@ -49,6 +50,9 @@ def start(
         recording_size: Size of the recording file, bytes or ``"8MiB"``. Default 4 MiB; at least 1 MiB.
         directory: Folder of the recordings. Default ``.memtrack``, or ``MEMTRACK_DIR``.
         metrics: Which series the trackers get: ``"default"``, ``"all"``, or names and prefixes of names.
+        selective: Whether the trackers get only those points without which a chart would look different: by more than
+            1 % of the series' range, and each peak as it is. A series that stands still costs a point a minute at the
+            most. Default True; False sends every window.
         cpu_budget: Share of one core that the agent may take, in percent. Default 0.2.
         tick: Time between two samples while memory moves. Default 0.1 s.
         stacks: Whose Python stack is taken at new peaks and when the limit is near: that of the ``"main"`` thread, of
@@ -77,6 +81,7 @@ def start(
             "recording_size": recording_size,
             "directory": directory,
             "metrics": metrics,
+            "selective": selective,
             "cpu_budget": cpu_budget,
             "tick": tick,
             "stacks": stacks,

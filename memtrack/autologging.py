@@ -32,6 +32,7 @@ def autolog(
     recording_size: Size | None = None,
     directory: str | None = None,
     metrics: str | Iterable[str] | None = None,
+    selective: bool | None = None,
     cpu_budget: float | None = None,
     tick: Duration | None = None,
     stacks: str | None = None,
@@ -48,8 +49,8 @@ def autolog(
     Args:
         trackers: Which trackers to follow; default all that are there. One that is named must be installed.
         disable: Take it all back: the trackers' functions are the originals again, the monitor is stopped.
-        interval, flush_interval, recording_size, directory, metrics, cpu_budget, tick, stacks, end_run, keep,
-            keep_days: see :func:`memtrack.start`.
+        interval, flush_interval, recording_size, directory, metrics, selective, cpu_budget, tick, stacks, end_run,
+            keep, keep_days: see :func:`memtrack.start`.
 
     Raises:
         SettingsError, MissingDependencyError, RecordingError, AgentError: as :func:`memtrack.start`.
@@ -65,6 +66,7 @@ def autolog(
             "recording_size": recording_size,
             "directory": directory,
             "metrics": metrics,
+            "selective": selective,
             "cpu_budget": cpu_budget,
             "tick": tick,
             "stacks": stacks,

@@ -44,6 +44,9 @@ class Settings(NamedTuple):
     metrics: str | tuple[str, ...] = "default"
     """Which series the trackers get: ``"default"``, ``"all"``, or names and prefixes such as ``memory/process``.
     The recording always holds all of them."""
+    selective: bool = True
+    """Whether the trackers get only those points that the charts need, see ``memtrack.sinks.selection``; else every
+    window. The recording always holds every window."""
     cpu_budget_pct: float = 0.2
     """Share of one core that the agent may take, in percent."""
     tick_s: float = 0.1
@@ -68,6 +71,7 @@ _ARGUMENTS = {
     "recording_size": "recording_bytes",
     "directory": "directory",
     "metrics": "metrics",
+    "selective": "selective",
     "cpu_budget": "cpu_budget_pct",
     "tick": "tick_s",
     "stacks": "stacks",
@@ -137,7 +141,7 @@ def _parse(name: str, argument: str, value: object) -> object:
         return share
     if argument == "metrics":
         return _metrics(name, value)
-    if argument in ("disable", "end_run"):
+    if argument in ("disable", "end_run", "selective"):
         return value if isinstance(value, bool) else str(value).lower() not in ("0", "false", "no", "off")
     if argument == "stacks":
         known = {"True": "main", "False": "off"}.get(str(value), value)

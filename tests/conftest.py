@@ -28,6 +28,8 @@ def _memtrack(tmp_path, monkeypatch, request):
         if variable.startswith("MEMTRACK_") and not variable.startswith("MEMTRACK_TEST_"):
             monkeypatch.delenv(variable)
     monkeypatch.setenv("MEMTRACK_DIR", str(tmp_path))
+    # most tests count windows; what is left out by default has tests of its own
+    monkeypatch.setenv("MEMTRACK_SELECTIVE", "0")
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
     memtrack_notices.forget()
     collector = _Collector()

@@ -23,25 +23,54 @@ class Point(NamedTuple):
 class Batch:
     """Finished windows, oldest first, none twice unless a delivery has to be repeated.
 
-    ``windows`` are the rows themselves, for sinks that want more than charts; ``points()`` is what to draw.
+    ``windows`` are the rows themselves, for sinks that want more than charts; ``points()`` is what to draw. ``chosen``
+    are the points if not all are to be drawn; some may be of earlier windows.
     """
 
-    def __init__(self, windows: Sequence[Row], metrics: str | tuple[str, ...] = "default") -> None:
+    def __init__(
+        self,
+        windows: Sequence[Row],
+        metrics: str | tuple[str, ...] = "default",
+        chosen: Sequence[Point] | None = None,
+    ) -> None:
         self.windows = windows
         self._metrics = metrics
+        self._chosen = chosen
 
     def __len__(self) -> int:
         return len(self.windows)
 
+    def halves(self) -> tuple[Batch, Batch] | None:
+        """Two batches, the earlier and the later half; None if all is of one moment."""
+        moments = sorted({point.timestamp_ms for point in self.points()})
+        if len(moments) < 2:
+            return None
+        middle = moments[len(moments) // 2]
+        parts = []
+        for is_late in (False, True):
+            windows = [row for row in self.windows if (_moment(row) >= middle) == is_late]
+            chosen = self._chosen
+            if chosen is not None:
+                chosen = [point for point in chosen if (point.timestamp_ms >= middle) == is_late]
+            parts.append(Batch(windows, self._metrics, chosen))
+        return parts[0], parts[1]
+
     def points(self) -> Iterator[Point]:
         """For each window the mean of each selected metric, at the window's end, and its peak where it has a twin."""
+        if self._chosen is not None:
+            yield from self._chosen
+            return
         for row in self.windows:
-            timestamp_ms = round(row.end_wall_ns / 1e6)
+            timestamp_ms = _moment(row)
             for name, cell in row.cells.items():
                 if selected(name, self._metrics):
                     yield Point(name, cell.mean, timestamp_ms)
                     if has_peak(name):
                         yield Point(peak_name(name), cell.max, timestamp_ms)
+
+
+def _moment(row: Row) -> int:
+    return round(row.end_wall_ns / 1e6)
 
 
 class RunFigures(NamedTuple):

@@ -12,6 +12,7 @@ from memtrack.recording.reader import RecordingReader
 from memtrack.recording.standing import DEAD, LIVE, standing, waiting
 from memtrack.sinks.feeds import Delivery, FeedWriter, holds, undelivered
 from memtrack.sinks.relay import backoff_s
+from memtrack.sinks.selection import hold_s
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -138,9 +139,13 @@ class _Course:
         try:
             if self._delivery is None:
                 sink = self._open()
-                self._go_back(getattr(sink, "unsaved_s", 0.0))
-                self._delivery = Delivery(self._reader, sink, self.feed, self._metrics(), self._note)
+                selective = self._reader.fields.get("selective", "0") != "0"
+                self._delivery = Delivery(
+                    self._reader, sink, self.feed, self._metrics(), self._note, selective=selective
+                )
+                self._go_back(getattr(sink, "unsaved_s", 0.0), selective)
             self._delivery.send()
+            self._delivery.send_rest()
             self._delivery.finish(self._final(), conclude=self._reader.fields.get("end_run", "1") != "0")
             self.reason = self._delivery.refusal and f"refused {self._delivery.refusal}"
         except Exception as exc:  # a tracker's client may raise anything
@@ -168,13 +173,21 @@ class _Course:
         sink: Sink = reopen(dict(self.feed.target))
         return sink
 
-    def _go_back(self, unsaved_s: float) -> None:
-        """Deliver again what the tracker had taken but may have lost with the process."""
-        end_ns = self._reader.pulse().mono_ns if self.feed.end_ns is None else self.feed.end_ns
+    def _go_back(self, unsaved_s: float, selective: bool) -> None:
+        """Begin where the tracker may have lost with the process what it had taken, and before what was held back."""
+        feed = self.feed
+        sent = [(row.first, row.end_ns) for row in self._reader.windows() if row.first < feed.next and holds(feed, row)]
+        if not sent:
+            return
+        sent_ns = sent[-1][1]
+        since_ns: float = sent_ns
         if unsaved_s:
-            rows = self._reader.windows()
-            late = (row.first for row in rows if end_ns - row.end_ns <= unsaved_s * 1e9 and holds(self.feed, row))
-            self.feed.next = min(next(late, self.feed.next), self.feed.next)
+            end_ns = self._reader.pulse().mono_ns if feed.end_ns is None else feed.end_ns
+            since_ns = end_ns - unsaved_s * 1e9
+        if selective:
+            since_ns = min(since_ns, sent_ns - 1e9 * hold_s((sent_ns - feed.start_ns) / 1e9))
+        if unsaved_s or selective:
+            feed.next = min((first for first, end_ns in sent if end_ns >= since_ns), default=feed.next)
 
     def _metrics(self) -> str | tuple[str, ...]:
         chosen = self._reader.fields.get("metrics", "default")

@@ -12,6 +12,7 @@ from memtrack.recording import layout
 from memtrack.recording.descriptor import Descriptor
 from memtrack.recording.records import Feed
 from memtrack.sinks.base import Batch
+from memtrack.sinks.selection import Selection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -41,6 +42,8 @@ class Delivery:
         record: Feed,
         metrics: str | tuple[str, ...],
         note: Callable[[Feed], None],
+        *,
+        selective: bool,
     ) -> None:
         self.sink = sink
         self.record = record
@@ -52,6 +55,7 @@ class Delivery:
         """What the sink said when it refused something for good last."""
         self._reader = reader
         self._metrics = metrics
+        self._selection = Selection(metrics) if selective else None
         self._note = note
 
     def holds(self, row: Row) -> bool:
@@ -64,12 +68,21 @@ class Delivery:
         for rows in self._batches():
             mine = [row for row in rows if self.holds(row)]
             # counted when all of it is through: a batch that fails half-way is repeated as a whole
-            refused = self._write(mine) if mine else 0
+            batch, selection = self._choose(mine)
+            refused = self._write(batch)
+            self._selection = selection
             self.record.dropped += refused
             self.windows += _count(mine) - refused
             self.merged += _count(row for row in mine if row.last > row.first)
             self.record.next = rows[-1].last + 1
             self._note(self.record)
+
+    def send_rest(self) -> None:
+        """Deliver the points that are held back because later ones might make them superfluous. Raises as ``send``."""
+        if self._selection is not None:
+            selection = self._selection.copy()
+            self.record.dropped += self._write(Batch((), self._metrics, selection.rest()))
+            self._selection = selection
 
     def finish(self, figures: RunFigures, *, conclude: bool = False) -> None:
         """Deliver the final figures, and end the run if ``conclude``; afterwards the feed has everything."""
@@ -103,16 +116,26 @@ class Delivery:
         if rows:
             yield rows
 
-    def _write(self, rows: list[Row]) -> int:
+    def _choose(self, rows: list[Row]) -> tuple[Batch, Selection | None]:
+        """What of these windows is to be sent, and the selection as it stands afterwards."""
+        if self._selection is None:
+            return Batch(rows, self._metrics), None
+        selection = self._selection.copy()
+        return Batch(rows, self._metrics, selection.take(rows)), selection
+
+    def _write(self, batch: Batch) -> int:
         """Send a batch, by halves if it is refused, so that a bad window costs no other. Returns how many it cost."""
+        if not batch.windows and next(batch.points(), None) is None:
+            return 0
         try:
-            self.sink.write(Batch(rows, self._metrics))
+            self.sink.write(batch)
         except RejectedError as exc:
-            if exc.run_gone or len(rows) == 1:
-                self.refusal = f"{_count(rows)} windows: {exc}"
-                return _count(rows)
-            half = len(rows) // 2
-            return self._write(rows[:half]) + self._write(rows[half:])
+            halves = None if exc.run_gone else batch.halves()
+            if halves is None:
+                lost = max(_count(batch.windows), 1)
+                self.refusal = f"{lost} windows: {exc}"
+                return lost
+            return self._write(halves[0]) + self._write(halves[1])
         return 0
 
 

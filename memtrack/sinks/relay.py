@@ -41,6 +41,8 @@ class Feed:
         """The request to cut that must be served before the feed can be finished."""
         self.until: int | None = None
         """How many windows there were when it ended, about."""
+        self.is_flushed = False
+        """Whether points that may turn out superfluous are wanted now."""
         self.done = threading.Event()
         self.failures = 0
         self.retry_at = 0.0
@@ -67,6 +69,7 @@ class Relay:
         *,
         flush_interval_s: float,
         metrics: str | tuple[str, ...],
+        selective: bool,
         figures: Callable[[int, int | None], RunFigures],
         hand_over: Callable[[Environments], None],
         on_turn: Callable[[], None],
@@ -76,6 +79,7 @@ class Relay:
         self._records = FeedWriter(path)
         self._flush_interval_s = flush_interval_s
         self._metrics = metrics
+        self._selective = selective
         self._figures = figures
         self._hand_over = hand_over
         self._on_turn = on_turn
@@ -101,7 +105,7 @@ class Relay:
             record = records.Feed(_free_key(sink.key, taken), *_address(sink))
             record.start_ns, record.next = start_ns, first
             _check_room(record)
-            feed = Feed(Delivery(self._reader, sink, record, self._metrics, self._note))
+            feed = Feed(Delivery(self._reader, sink, record, self._metrics, self._note, selective=self._selective))
             self._note(record)
             self._feeds.append(feed)
             self._offer_environments()
@@ -148,11 +152,14 @@ class Relay:
     def flush(self, timeout_s: float) -> bool:
         """Deliver what is there now. Returns whether every sink has it."""
         wanted = self._reader.head().windows
+        with self._lock:
+            for feed in self._feeds:
+                feed.is_flushed = True
         self._wake.set()
         deadline = monotonic() + timeout_s
         while monotonic() < deadline:
             with self._lock:
-                if all(feed.record.next >= wanted for feed in self._feeds):
+                if all(feed.record.next >= wanted and not feed.is_flushed for feed in self._feeds):
                     return True
             sleep(0.005)
         return False
@@ -213,6 +220,9 @@ class Relay:
             if ending:
                 self._await_cut(feed)
             delivery.send()
+            if ending or feed.is_flushed:
+                feed.is_flushed = False
+                delivery.send_rest()
             if ending:
                 delivery.finish(self._figures(feed.record.start_ns, feed.end_ns))
                 feed.done.set()

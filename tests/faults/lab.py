@@ -46,7 +46,7 @@ class Child:
         script = self.folder / "train.py"
         script.write_text(START + code)
         kept = {name: value for name, value in os.environ.items() if not name.startswith("MEMTRACK_")}
-        environment = {**kept, "MEMTRACK_DIR": str(self.recordings), **(environment or {})}
+        environment = {**kept, "MEMTRACK_DIR": str(self.recordings), "MEMTRACK_SELECTIVE": "0", **(environment or {})}
         command = [*prefix, sys.executable, "-I", "-S", str(script), *map(str, arguments)]
         options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
         self.process = subprocess.Popen(command, cwd=self.folder, env=environment, text=True, **options)

@@ -90,6 +90,7 @@ def test_half_an_hour_of_outage(world, monkeypatch, notices, fault):
         world.path,
         flush_interval_s=3600.0,  # the thread sleeps: the relay's turns are taken here, when their time has come
         metrics="default",
+        selective=False,
         figures=lambda start_ns, end_ns: figures_of(reader, start_ns, end_ns),
         hand_over=lambda environments: None,
         on_turn=lambda: None,

@@ -66,7 +66,7 @@ def course(make_recording):
         feed = next(iter(reader.feeds()), None) or Feed(sink.key, "recording", {"key": sink.key})
         for name, value in values.items():
             setattr(feed, name, value)
-        return Delivery(reader, sink, feed, "default", note or records.put)
+        return Delivery(reader, sink, feed, "default", note or records.put, selective=False)
 
     make.feed = lambda: _feed(make.path)
     yield make
@@ -217,6 +217,7 @@ def relay(make_recording):
         path,
         flush_interval_s=3600.0,
         metrics="default",
+        selective=False,
         figures=lambda start_ns, end_ns: RunFigures(),
         hand_over=handed.append,
         on_turn=lambda: None,
