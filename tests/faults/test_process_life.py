@@ -20,21 +20,6 @@ from memtrack.recording.reader import RecordingReader
 from memtrack.testing import RecordingSink
 from tests.faults.lab import Child, check_delivered, check_whole, ended, lines_of, until
 
-
-@pytest.fixture
-def child(tmp_path):
-    """Starts programs, see :class:`Child`; all of them are gone at the end."""
-    started = []
-
-    def start(code, *arguments, **options):
-        started.append(Child(tmp_path / f"child-{len(started)}", code, *arguments, **options))
-        return started[-1]
-
-    yield start
-    for one in started:
-        one.kill()
-
-
 SELF_RUNNING = {
     "closing": ("CLOSING", "alive"),
     "closing, agent killed": ("CLOSING", "killed"),

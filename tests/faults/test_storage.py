@@ -17,20 +17,6 @@ from memtrack.recording.reader import RecordingReader
 from tests.faults.lab import Child, check_delivered, check_whole, ended, until
 
 
-@pytest.fixture
-def child(tmp_path):
-    """Starts programs, see :class:`Child`; all of them are gone at the end."""
-    started = []
-
-    def start(code, *arguments, **options):
-        started.append(Child(tmp_path / f"child-{len(started)}", code, *arguments, **options))
-        return started[-1]
-
-    yield start
-    for one in started:
-        one.kill()
-
-
 def in_namespace(command):
     """What puts a program into a mount namespace of its own, after a command there."""
     if os.geteuid() != 0 or shutil.which("unshare") is None:
