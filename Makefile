@@ -37,8 +37,13 @@ demo: $(READY)  ## train a small model and show where its memory went
 	@MPLBACKEND=Agg $(BIN)/python examples/demo.py
 
 # Two at a time: most of them wait for servers and processes.
-test: $(READY)  ## every test but the slow ones
+test: $(READY) $(VENV)/.frameworks  ## every test but the slow ones
 	@MPLBACKEND=Agg $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(PYTEST_ARGS)
+
+$(VENV)/.frameworks: $(READY)
+	@echo "  installing the frameworks that the tests train with ..."
+	@$(PIP) install --compile --group test-frameworks
+	@touch $@
 
 soak: $(READY)  ## the slow tests: long runs, outages, many workers
 	@MPLBACKEND=Agg $(BIN)/python -m pytest -m slow --timeout=1800 $(PYTEST_ARGS)
@@ -61,8 +66,8 @@ lint: $(READY)  ## ruff, mypy --strict, import-linter
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
 
-bench: $(READY)  ## the figures in the README, measured here
-	@MPLBACKEND=Agg $(BIN)/python tests/benchmarks/overhead.py
+bench: $(READY)  ## the figures in the README, measured here in a quarter of an hour
+	@MPLBACKEND=Agg $(BIN)/python tests/benchmarks/overhead.py --rounds 1 $(BENCH_ARGS)
 
 wheel: $(READY)  ## build dist/*.whl
 	@rm -rf dist

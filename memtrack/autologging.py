@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from memtrack import config, imports, registry
+from memtrack.errors import MissingDependencyError
 from memtrack.monitor import Monitor, active
 from memtrack.notices import warn_once
 
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 _undo: dict[str, Undo] = {}
 _settings: Settings | None = None
+_is_unasked = False
+"""Whether it is ``memtrack run`` that wants trackers to be followed, and not the program."""
 
 
 def autolog(
@@ -78,6 +82,9 @@ def autolog(
     )
     if settings.disable:
         return _take_back()
+    if _is_unasked:
+        _take_back()
+    _forget_imports()
     if isinstance(trackers, str):
         trackers = [trackers]
     _settings = settings
@@ -88,31 +95,67 @@ def autolog(
         from memtrack.disabled import DisabledMonitor
 
         return active.monitor or DisabledMonitor()
+    if not _undo and trackers is None:
+        warn_once(
+            "no tracker",
+            "no tracker is installed (MLflow, Weights & Biases, Comet): memtrack only records locally, "
+            "see memtrack report.",
+            "",
+        )
     return active.monitor or Monitor(settings)
 
 
-def _follow(tracker: str, *, asked_for: bool) -> None:
-    module = registry.MODULES.get(tracker, tracker)
-    if asked_for:
-        _undo[tracker] = registry.load_autolog(tracker)(attach)
-    elif module in sys.modules:
+def follow_unasked(tracker: str) -> None:
+    """Follow a tracker that was just imported below ``memtrack run``; nothing starts before one of its runs does.
+
+    Raises SettingsError.
+    """
+    global _settings, _is_unasked
+    if _settings is None:
+        settings = config.resolve({})
+        if settings.disable:
+            return
+        _settings, _is_unasked = settings, True
+    if tracker not in _undo:
         _follow_now(tracker)
+
+
+def _follow(tracker: str, *, asked_for: bool) -> None:
+    module = _module_of(tracker)
+    if tracker not in registry.AUTOLOG:
+        registry.load_autolog(tracker)  # says so
+    if module in sys.modules:
+        # which waits, should another thread be importing it right now
+        import_module(module)
+        if not getattr(sys.modules[module].__spec__, "_initializing", False):
+            _follow_now(tracker)
+        else:
+            warn_once(f"autolog {tracker}", f"memtrack.autolog() does not follow {tracker} from within its import.")
     elif find_spec(module) is not None:
-        _follow_later(tracker, module)
+        # most programs import one, and what follows the others need not be held in memory
+        _undo[tracker] = functools.partial(imports.forget, module)
+        imports.when_imported(module, functools.partial(_follow_now, tracker))
+    elif asked_for:
+        raise MissingDependencyError(f"following the runs of {tracker!r}", registry.AUTOLOG[tracker][1])
 
 
 def _follow_now(tracker: str) -> None:
+    """The tracker has been imported, completely."""
     try:
         _undo[tracker] = registry.load_autolog(tracker)(attach)
     except Exception as exc:
         warn_once(f"autolog {tracker}", f"memtrack does not follow the runs of {tracker} ({exc}).")
 
 
-def _follow_later(tracker: str, module: str) -> None:
-    """Follow a tracker that is installed once it is imported: most programs import one, and what follows the others
-    need not be held in memory."""
-    _undo[tracker] = functools.partial(imports.forget, module)
-    imports.when_imported(module, functools.partial(_follow_now, tracker))
+def _module_of(tracker: str) -> str:
+    return registry.MODULES.get(tracker, tracker)
+
+
+def _forget_imports() -> None:
+    """Wait no more for trackers that the program has not asked for."""
+    for tracker in registry.AUTOLOG:
+        if tracker not in _undo:
+            imports.forget(_module_of(tracker))
 
 
 def attach(make_sink: Callable[[], Sink]) -> Attached | None:
@@ -120,10 +163,12 @@ def attach(make_sink: Callable[[], Sink]) -> Attached | None:
     try:
         monitor = active.monitor
         if monitor is None:
-            # a worker, or a forked child, that has a run of its own
+            # a worker, or a forked child, that has a run of its own; or a program below `memtrack run`
             if _settings is None:
                 return None
-            monitor = Monitor(_settings)
+            monitor = Monitor(_settings, is_unasked=_is_unasked)
+        elif _is_unasked and not monitor.is_unasked:
+            return None  # the program has started one, and knows what it wants
         return monitor.attach(make_sink())
     except Exception as exc:
         warn_once("attach", f"memtrack does not follow this run ({type(exc).__name__}: {exc}).")
@@ -131,8 +176,9 @@ def attach(make_sink: Callable[[], Sink]) -> Attached | None:
 
 
 def _take_back() -> Monitor:
-    global _settings
-    _settings = None
+    global _settings, _is_unasked
+    _settings, _is_unasked = None, False
+    _forget_imports()
     while _undo:
         _undo.popitem()[1]()
     if active.monitor is not None:

@@ -40,7 +40,7 @@ class DisabledMonitor(Monitor):
 
     def summary(self) -> Summary:
         from memtrack.analysis.summary import Summary
-        from memtrack.sinks.base import RunFigures
+        from memtrack.sinks.figures import RunFigures
 
         return Summary(RunFigures())
 

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import atexit
 import os
-import sys
 import threading
 import time
 from typing import TYPE_CHECKING
 
 from memtrack import config, metrics
-from memtrack.agent import trainer
+from memtrack.agent import adoption, trainer
 from memtrack.agent.handover import Handover
 from memtrack.agent.keeper import Keeper
 from memtrack.agent.launch import AgentHandle, spawn
-from memtrack.collectors.procfs import program_name
 from memtrack.errors import MemtrackError, MonitorError, RecordingError
 from memtrack.notices import warn_once
 from memtrack.recording import layout
 from memtrack.recording.descriptor import StdioTaken
 from memtrack.recording.marks import MarkWriter
 from memtrack.recording.reader import RecordingReader
-from memtrack.recording.standing import boot_id, pid_namespace
 from memtrack.recording.writer import create
 
 if TYPE_CHECKING:
@@ -31,7 +28,8 @@ if TYPE_CHECKING:
 
     from memtrack.analysis.summary import Summary
     from memtrack.config import Settings
-    from memtrack.sinks.base import RunFigures, Sink
+    from memtrack.sinks.base import Sink
+    from memtrack.sinks.figures import RunFigures
     from memtrack.sinks.relay import Feed, Relay
 
     Found = TypeVar("Found")
@@ -93,23 +91,27 @@ class Monitor:
     Usable as a context manager. Thread-safe. After a fork it belongs to the parent alone.
     """
 
-    def __init__(self, settings: Settings, pid: int | None = None) -> None:
-        """Start. Raises RecordingError, AgentError or MonitorError, and leaves nothing behind then."""
+    def __init__(self, settings: Settings, pid: int | None = None, *, is_unasked: bool = False) -> None:
+        """Start. Raises RecordingError, AgentError or MonitorError, and leaves nothing behind then.
+
+        ``is_unasked``: not the program wants it but ``memtrack run``; it gives way to one that the program starts.
+        """
         self.settings = settings
+        self.is_unasked = is_unasked
         self._own = pid is None
         self._pid = os.getpid() if pid is None else pid
         trainer.check_interpreter()
         self._has_stacks = self._own and settings.stacks != "off" and trainer.has_readable_stacks()
+        if self._own and active.monitor is not None and active.monitor.is_unasked:
+            active.monitor.stop()
         if self._own and active.monitor is not None:
             raise MonitorError(
                 "this process is being monitored already. Stop that monitor first, or use memtrack.autolog(), "
                 "which may be called twice."
             )
-        try:
-            self.path = self._create_recording()
-        except MemoryError:
-            raise RecordingError("cannot make a recording: Cannot allocate memory. See: ulimit -v") from None
+        self.path = ""
         """Path of the recording."""
+        self._is_adopted = False
         self._stopped = False
         self._last_summary: Summary | None = None
         self._relay: Relay | None = None
@@ -117,7 +119,11 @@ class Monitor:
         with StdioTaken():
             self._handover = Handover()
             self._handover.put({})
-            self._marks, self._reader, self._agent = self._launch()
+            try:
+                self._marks, self._reader, self._agent = self._begin()
+            except BaseException:
+                self._handover.close()
+                raise
         self._keeper = Keeper(
             self._marks, self._reader, lambda: self._spawn(self._agent), lambda: self._stopped or self._foreign()
         )
@@ -161,7 +167,7 @@ class Monitor:
         Never raises: if the recording has been removed or damaged, it is of what could be read last.
         """
         from memtrack.analysis.summary import Summary, summarise
-        from memtrack.sinks.base import RunFigures
+        from memtrack.sinks.figures import RunFigures
 
         try:
             if not self._stopped and not self._foreign():
@@ -225,6 +231,9 @@ class Monitor:
             self._last_summary = summarise(self._reader)
 
     def _stop_agent(self, deadline: float) -> None:
+        if self._is_adopted:  # the agent stays for `memtrack run`, which wants to know how the process ends
+            self._await_cut(self._request_cut(), min(deadline - time.monotonic(), 1.0))
+            return
         self._marks.request_stop()
         self._agent.wake()
         self._await_state(min(deadline, time.monotonic() + 1.0))
@@ -258,30 +267,34 @@ class Monitor:
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
-    def _create_recording(self) -> str:
+    def _begin(self) -> tuple[MarkWriter, RecordingReader, AgentHandle]:
+        """Go on in the recording that ``memtrack run`` has begun of this process, or make one, and start the agent."""
+        fields = trainer.header(self.settings, self._pid, is_own=self._own, has_stacks=self._has_stacks)
+        adopted = adoption.adopt(self.settings, fields) if self._own else None
+        if adopted is not None:
+            self.path = adopted.path
+            try:
+                parts = self._launch(relieving=True)
+            except Exception:  # whatever it is: there is another way
+                adopted.give_back()
+            else:
+                self._is_adopted = True
+                return parts
+        try:
+            self.path = self._create_recording(fields)
+        except MemoryError:
+            raise RecordingError("cannot make a recording: Cannot allocate memory. See: ulimit -v") from None
+        try:
+            return self._launch()
+        except BaseException as exc:
+            os.unlink(self.path)
+            if isinstance(exc, OSError) and not isinstance(exc, MemtrackError):
+                raise RecordingError(f"cannot open the recording {self.path}: {exc.strerror}") from exc
+            raise
+
+    def _create_recording(self, fields: dict[str, str]) -> str:
         folder = config.make_directory(self.settings)
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{self._pid}"
-        fields = {
-            "size": str(self.settings.recording_bytes),
-            "pid": str(self._pid),
-            "own": str(int(self._own)),
-            "start_ticks": str(trainer.start_ticks_of(self._pid)),
-            "boot_id": boot_id(),
-            "program": program_name(self._pid),
-            "wall_ns": str(time.time_ns()),
-            "mono_ns": str(time.monotonic_ns()),
-            "interval_s": repr(self.settings.interval_s),
-            "tick_s": repr(self.settings.tick_s),
-            "cpu_budget_pct": repr(self.settings.cpu_budget_pct),
-            "end_run": str(int(self.settings.end_run)),
-            "keep": str(self.settings.keep),
-            "keep_days": repr(self.settings.keep_days),
-            "metrics": trainer.choice(self.settings.metrics),
-            "selective": str(int(self.settings.selective)),
-            "pid_ns": pid_namespace(),
-            "stacks": self.settings.stacks if self._has_stacks else "off",
-            "python": f"{sys.version_info[0]}.{sys.version_info[1]}",
-        }
         for attempt in range(100):
             path = os.path.join(folder, f"{name}{f'-{attempt}' if attempt else ''}.mtk")
             if not os.path.exists(path):
@@ -289,26 +302,25 @@ class Monitor:
                 return path
         raise RecordingError(f"cannot find a free name for a recording in {folder}")
 
-    def _launch(self) -> tuple[MarkWriter, RecordingReader, AgentHandle]:
+    def _launch(self, *, relieving: bool = False) -> tuple[MarkWriter, RecordingReader, AgentHandle]:
         """Open the recording at both ends and start the agent, which comes last because it cannot be taken back."""
         opened: list[MarkWriter | RecordingReader] = []
         try:
             opened.append(marks := MarkWriter(self.path))
             opened.append(reader := RecordingReader(self.path))
-            return marks, reader, self._spawn()
-        except BaseException as exc:
-            for part in (*opened, self._handover):
+            if relieving:
+                marks.go_on()
+            return marks, reader, self._spawn(relieving=relieving)
+        except BaseException:
+            for part in opened:
                 part.close()
-            os.unlink(self.path)
-            if isinstance(exc, OSError) and not isinstance(exc, MemtrackError):
-                raise RecordingError(f"cannot open the recording {self.path}: {exc.strerror}") from exc
             raise
 
-    def _spawn(self, before: AgentHandle | None = None) -> AgentHandle:
+    def _spawn(self, before: AgentHandle | None = None, *, relieving: bool = False) -> AgentHandle:
         path = self.path if before is None else self._way_in()
         memory_fd = trainer.open_memory() if self._has_stacks else -1
         try:
-            return spawn(path, self._handover.fd, memory_fd, before=before)
+            return spawn(path, self._handover.fd, memory_fd, before=before, relieving=relieving)
         finally:
             if memory_fd >= 0:
                 os.close(memory_fd)

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-OPTIONAL = ("matplotlib", "mlflow", "numpy", "pandas", "psutil", "pyarrow", "rich", "typer", "wrapt")
+OPTIONAL = ("matplotlib", "mlflow", "numpy", "pandas", "psutil", "pyarrow", "rich", "typer")
 
 
 def check(what: str, ok: object, detail: object = "") -> None:

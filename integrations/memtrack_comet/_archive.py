@@ -16,7 +16,7 @@ from time import time
 from typing import IO, TYPE_CHECKING, Any
 
 from memtrack.errors import DeliveryError, RejectedError
-from memtrack_comet._figures import UNSAVED_S, is_bad_end, others_of, series_name, tags_of
+from memtrack_comet._figures import UNSAVED_S, others_of, series_name, tags_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -132,7 +132,7 @@ class Archive:
             "customer_error_reported": False,
             "customer_error_message": None,
         }
-        if is_bad_end(figures):
+        if figures.is_bad_end:
             # where Comet itself notes an exception that ended the script
             description["customer_error_reported"] = True
             description["customer_error_message"] = figures.verdict_text or tags_of(figures)[0]

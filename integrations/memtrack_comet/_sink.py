@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from memtrack.errors import DeliveryError, MissingDependencyError, MonitorError, RejectedError
 from memtrack.notices import warn_once
-from memtrack_comet._figures import UNSAVED_S, is_bad_end, others_of, series_name, tags_of
+from memtrack_comet._figures import UNSAVED_S, others_of, series_name, tags_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -114,14 +114,14 @@ class CometSink:
     def finish(self, figures: RunFigures) -> None:
         self._check()
         self._experiment.log_others(others_of(figures))
-        if is_bad_end(figures):
+        if figures.is_bad_end:
             self._experiment.add_tags(tags_of(figures))
         self._await_taken()
 
     def conclude(self, figures: RunFigures) -> None:
         """Mark the experiment as crashed if its process has come to a bad end, as Comet does after an exception."""
         report = getattr(self._experiment, "_report_experiment_error", None)
-        if self._owned and is_bad_end(figures) and report is not None:
+        if self._owned and figures.is_bad_end and report is not None:
             report(figures.verdict_text or tags_of(figures)[0], has_crashed=True)
 
     def close(self) -> None:

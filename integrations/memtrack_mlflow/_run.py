@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from memtrack.errors import DeliveryError, RejectedError
+from memtrack_mlflow import _where
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -93,8 +95,9 @@ class ServerRun:
 
     def _call(self, method: str, endpoint: str, **what: Any) -> Any:
         try:
+            creds = self._host_creds()
             response = self._request(
-                self._host_creds(),
+                creds,
                 f"/api/2.0/mlflow/runs/{endpoint}",
                 method,
                 max_retries=0,
@@ -110,7 +113,8 @@ class ServerRun:
             answer = None
         if response.status_code == 200 and answer is not None:
             return answer
-        raise _refusal(response, answer if isinstance(answer, dict) else {})
+        hint = _where.refusal_hint(response.status_code, creds)
+        raise _refusal(response, answer if isinstance(answer, dict) else {}, hint)
 
 
 class ClientRun:
@@ -143,13 +147,16 @@ def translate(call: Any, *args: Any, **kwargs: Any) -> Any:
         return call(*args, **kwargs)
     except Exception as exc:
         code = str(getattr(exc, "error_code", ""))
-        raise _error(code)(f"{code or type(exc).__name__}: {_first_line(exc)}") from exc
+        said = _first_line(exc)
+        text = f"{code or type(exc).__name__}: {_without_secrets(said)}{_certificate_hint(said)}"
+        # the traceback of a cause that names a password would show it
+        raise _error(code)(text) from (exc if said in text else None)
 
 
-def _refusal(response: Any, answer: dict[str, Any]) -> DeliveryError:
+def _refusal(response: Any, answer: dict[str, Any], hint: str) -> DeliveryError:
     """What a bad answer means. Only MLflow's own error codes are final: a proxy's 404 may pass."""
     code = str(answer.get("error_code", ""))
-    text = f"{code or f'HTTP {response.status_code}'}: {_first_line(answer.get('message') or response.reason)}"
+    text = f"{code or f'HTTP {response.status_code}'}: {_first_line(answer.get('message') or response.reason)}{hint}"
     if response.status_code < 500 and _error(code) is RejectedError:
         return RejectedError(text)
     try:
@@ -164,10 +171,22 @@ def _error(code: str) -> type[DeliveryError]:
 
 
 def reason(exc: BaseException) -> str:
-    """The innermost cause. It says what happened in a few words, and names no URL, which might hold a password."""
+    """The innermost cause, which says what happened in a few words."""
     while (inner := exc.__cause__ or exc.__context__ or _last_argument(exc)) is not None:
         exc = inner
-    return (exc.strerror if isinstance(exc, OSError) else None) or _first_line(exc) or type(exc).__name__
+    text = (exc.strerror if isinstance(exc, OSError) else None) or _first_line(exc) or type(exc).__name__
+    return _without_secrets(text) + _certificate_hint(text)
+
+
+def _without_secrets(text: str) -> str:
+    """A text with the addresses in it as they may be written down."""
+    return re.sub(r"[\w+.-]+://\S+", lambda found: _where.public(found[0]), text)
+
+
+def _certificate_hint(text: str) -> str:
+    if "CERTIFICATE_VERIFY_FAILED" not in text:
+        return ""
+    return "; if a CA of your own has signed it, set MLFLOW_TRACKING_SERVER_CERT_PATH to its certificate"
 
 
 def _last_argument(exc: BaseException) -> BaseException | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
-from urllib.parse import urlsplit, urlunsplit
+import re
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from memtrack.errors import DeliveryError
 
@@ -13,17 +14,21 @@ if TYPE_CHECKING:
 
 PREFIXES = ("MLFLOW_", "DATABRICKS_", "AWS_", "AZURE_", "ARM_", "GOOGLE_", "SSL_CERT_")
 VARIABLES = {
-    *("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "NO_PROXY", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"),
+    *("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "NETRC", "NO_PROXY", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"),
     *("no_proxy", "http_proxy", "https_proxy", "all_proxy"),
 }
 SQLITE = "sqlite:///"
 SECRETS = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_AUTH")
+CREDENTIALS = "~/.mlflow/credentials"
+"""Where MLflow looks for a user name and a password that the environment does not have."""
 
 
 def environment(uri: str, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The variables that MLflow and its stores are told by how to reach a server. Secrets are among them."""
     found = {name: value for name, value in environ.items() if name.startswith(PREFIXES) or name in VARIABLES}
-    return {**found, "MLFLOW_TRACKING_URI": uri}
+    # one that has been taken away is told as empty: who delivers later began with those of the start, and MLflow sends
+    # a user name that it finds rather than a token
+    return {**dict.fromkeys(SECRETS, ""), **found, "MLFLOW_TRACKING_URI": uri}
 
 
 def absolute(uri: str) -> str:
@@ -41,15 +46,16 @@ def absolute(uri: str) -> str:
 
 def public(uri: str) -> str:
     """The URI without user, password and query, which may hold a token."""
-    parts = urlsplit(uri)
-    return (
-        urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", "")) if parts.netloc else _bare(uri)
-    )
-
-
-def _bare(uri: str) -> str:
-    # urlunsplit would take slashes away
-    return uri.partition("?")[0] if ":" in uri else uri
+    scheme, mark, rest = uri.partition("://")
+    if not mark:
+        return uri.partition("?")[0] if ":" in uri else uri
+    authority = re.split("[/?#]", rest, maxsplit=1)[0]
+    if "@" in authority:
+        rest = rest[authority.rindex("@") + 1 :]
+    elif ":" in authority:
+        # SQLAlchemy takes a password with a slash in it, others do with a mark that should have been quoted
+        rest = rest.rpartition("@")[2]
+    return scheme + mark + re.split("[?#]", rest, maxsplit=1)[0]
 
 
 def known(uri: str) -> str:
@@ -63,18 +69,40 @@ def check_trusted(uri: str) -> None:
 
     ``uri`` comes from a recording, which somebody else may have made: credentials go to the configured server only.
     """
-    parts = urlsplit(uri)
-    own = urlsplit(os.environ.get("MLFLOW_TRACKING_URI", ""))
-    if not parts.netloc or (parts.scheme, parts.netloc.rpartition("@")[2]) == (
-        own.scheme,
-        own.netloc.rpartition("@")[2],
-    ):
+    # The path does not matter: whoever runs a server sees what is sent to any of its paths, and where many projects
+    # share a server, as at dagshub.com/USER/REPO.mlflow, the credentials are the user's and not the project's.
+    own = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if not urlsplit(uri).netloc or _server(uri) == _server(own):
         return
-    if any(os.environ.get(name) for name in SECRETS):
+    if any(os.environ.get(name) for name in SECRETS) or os.path.exists(os.path.expanduser(CREDENTIALS)):
         raise DeliveryError(
-            f"the recording names {public(uri)}, and the credentials in MLFLOW_TRACKING_* may be for another server. "
-            f"If they are for this one, set MLFLOW_TRACKING_URI={public(uri)}"
+            f"the recording names {public(uri)}, and the credentials in MLFLOW_TRACKING_* or {CREDENTIALS} may be for "
+            f"another server. If they are for this one, set MLFLOW_TRACKING_URI={public(uri)}"
         )
+
+
+def _server(uri: str) -> tuple[str, str]:
+    parts = urlsplit(uri)
+    return parts.scheme, parts.netloc.rpartition("@")[2]
+
+
+def refusal_hint(status: int, creds: Any) -> str:
+    """What to do about a 401 or 403, given the MlflowHostCreds that were sent; "" for any other status."""
+    if creds.username and creds.password:
+        sent = f"the user name and password in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD or {CREDENTIALS}"
+    elif creds.token:
+        sent = "the token in MLFLOW_TRACKING_TOKEN"
+    elif _server(creds.host)[1] != urlsplit(creds.host).netloc:
+        sent = "the user name and password in the tracking URI"
+    elif creds.auth:
+        sent = f"what MLFLOW_TRACKING_AUTH={creds.auth} has sent"
+    else:
+        sent = ""
+    if status == 401 and not sent:
+        return "; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+    if status == 401:
+        return f"; the tracking server does not accept {sent}"
+    return "; the tracking server does not let this user write to the run" if status == 403 else ""
 
 
 def check_there(uri: str) -> None:

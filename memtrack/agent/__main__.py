@@ -1,4 +1,4 @@
-"""Entry of the agent: ``python -I -S .../memtrack/agent/__main__.py RECORDING``; ``launch.spawn`` starts it.
+"""Entry of the agent: ``python -I -S .../memtrack/agent/__main__.py RECORDING [relieve]``; ``launch.spawn`` starts it.
 
 ``-I -S`` keeps site-packages, user configuration and whatever they import out of the process: it starts in some 15 ms
 and stays small. That leaves memtrack's own folder to be added here, at the end, where it cannot shadow anything.
@@ -24,4 +24,4 @@ if __name__ == "__main__":
     sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
     from memtrack.agent.loop import main
 
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(sys.argv[1], relieving=sys.argv[2:] == ["relieve"]))

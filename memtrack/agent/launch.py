@@ -43,19 +43,24 @@ class AgentHandle:
 
 
 def spawn(
-    recording: str, handover_fd: int = -1, memory_fd: int = -1, *, before: AgentHandle | None = None
+    recording: str,
+    handover_fd: int = -1,
+    memory_fd: int = -1,
+    *,
+    before: AgentHandle | None = None,
+    relieving: bool = False,
 ) -> AgentHandle:
     """Start the agent that fills ``recording``; returns in some 20 ms, when it is on its way, not when it is ready.
 
     It gets an eventfd to be woken by as descriptor 0, ``handover_fd`` as 1 and ``memory_fd`` as 3; -1: the null device.
     The successor of an agent that has gone gets the eventfd of the one ``before``, whose handle stays good for it; or a
-    new one, if somebody has closed that.
+    new one, if somebody has closed that. ``relieving``: there is one that somebody else has started, which is to leave.
 
     The process is started with ``posix_spawn``, which does not copy the caller's page tables as ``fork`` does (0.36 s
     for 8 GB, and its pages stay pinned), and detaches itself, so that it is no child of the caller afterwards. Raises
     AgentError if it cannot be started.
     """
-    command = [_python(), "-I", "-S", _ENTRY, recording]
+    command = [_python(), "-I", "-S", _ENTRY, recording, *(["relieve"] if relieving else [])]
     if not hasattr(os, "posix_spawn"):
         return _spawn_elsewhere(command)
     if before is not None and not hasattr(os, "eventfd"):

@@ -6,10 +6,10 @@ import gc
 import os
 import select
 import sys
-from time import monotonic_ns, process_time_ns, time_ns
+from time import monotonic_ns, process_time_ns, sleep, time_ns
 
 from memtrack import collectors, metrics
-from memtrack.agent import aftermath, exit_status
+from memtrack.agent import aftermath, exit_status, relief
 from memtrack.agent.stacks import StackWatch
 from memtrack.agent.witness import Witness
 from memtrack.collectors.own import GaugeCollector, OwnCollector
@@ -18,7 +18,7 @@ from memtrack.recording import layout
 from memtrack.recording.layout import ENDED, RUNNING, STOPPED, Head
 from memtrack.recording.writer import RecordingWriter
 from memtrack.sampling.cadence import Budget
-from memtrack.sampling.sampler import Sampler
+from memtrack.sampling.sampler import APART_NS, Sampler
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 WAKE_FD, HANDOVER_FD, MEMORY_FD = 0, 1, 3
 """Descriptors that the agent is started with, see ``launch.spawn``."""
 LIMIT_NEAR_PCT = 5.0
+GAP_S = 1.0
+"""Nobody looked for so long: worth an event. An agent that relieves another takes some 10 ms."""
+RELIEVED = -1
+"""State of an agent in whose place another one goes on."""
 TIDY_AFTER_NS = 2_000_000_000
 """When the folder is looked through, after the start: the training comes first."""
 _NAN = float("nan")
@@ -69,17 +73,21 @@ class Agent:
         self._head = Head()
         self._head.state = RUNNING
         self._head.agent_pid = os.getpid()
+        self._cpu_before_ns = 0
         self._limit_near = False
         self._quiet = False
         self._late_max_ms = 0.0
         self._tidy_ns = now_ns + TIDY_AFTER_NS
+        self._stored_ns = 0
+        """When the last window ended."""
         if not self._writer.fresh:
             self._go_on(path)
         self._writer.event("start", now_ns, text=f"agent {os.getpid()} watches {self._pid}")
         self._writer.publish(self._head)
 
-    def run(self) -> None:
-        """Sample until the end, then finish the recording."""
+    def run(self) -> bool:
+        """Sample until the end, then finish the recording. Returns whether what is left of it is this agent's to do,
+        and not that of one which has come to relieve it."""
         poll = select.poll() if hasattr(select, "poll") else None
         if poll is not None:
             poll.register(self._wake_fd, select.POLLIN)
@@ -99,7 +107,13 @@ class Agent:
                 if monotonic_ns() >= self._tidy_ns:
                     self._tidy_ns = layout.MAX_NUMBER
                     aftermath.tidy(self._path)
+        if state == RELIEVED:
+            self._leave()
+            return False
         self._finish(state)
+        is_last = not self._is_relieved()
+        self._writer.close()
+        return is_last
 
     def _go_on(self, path: str) -> None:
         """Another agent was here and is gone: take up its recording, and note how long nobody looked."""
@@ -108,10 +122,12 @@ class Agent:
         with RecordingReader(path) as reader:
             self._writer.go_on(reader)
             self._sampler.go_on(self._writer.windows, reader.phases().values())
-            self._head.cut = reader.head().cut
+            before = reader.head()
+            self._head.cut, self._cpu_before_ns = before.cut, before.agent_cpu_ns
             last_ns = reader.pulse().mono_ns
         gap_s = (monotonic_ns() - last_ns) / 1e9
-        self._writer.event("gap", last_ns, value=gap_s, text=f"no agent for {gap_s:.1f} s")
+        if gap_s > GAP_S:
+            self._writer.event("gap", last_ns, value=gap_s, text=f"no agent for {gap_s:.1f} s")
         self._note_marks([mark for mark in self._marks.drain() if mark.time_ns > last_ns])
 
     # -- one turn ---------------------------------------------------------------------------------------------------
@@ -151,8 +167,11 @@ class Agent:
         """Do what is asked for; with each tick, too, because who asks may have lost the descriptor to wake with."""
         if self._marks.control(layout.STOP):
             return STOPPED
+        if self._is_relieved():
+            return RELIEVED
         cut = self._marks.control(layout.CUT)
         if cut != self._head.cut:
+            self._keep_apart()
             self._sampler.cut_on_request(monotonic_ns(), time_ns())
             self._head.cut = cut
             self._publish()
@@ -164,6 +183,7 @@ class Agent:
         else:
             self._tick()
         self._stacks.finish()
+        self._keep_apart()
         now_ns, wall_ns, place = monotonic_ns(), time_ns(), self._marks.place()
         self._sampler.finish(now_ns, wall_ns)
         if state == ENDED:
@@ -178,11 +198,34 @@ class Agent:
         self._head.cut = self._marks.control(layout.CUT)
         self._publish()
         self._writer.sync()
+
+    def _leave(self) -> None:
+        """Finish the window and nothing else: the recording goes on."""
+        self._tick()
+        self._keep_apart()
+        now_ns = monotonic_ns()
+        # marks up to here are noted now, those after it by the other one
+        self._writer.beat(now_ns)
+        self._stacks.finish()
+        self._sampler.finish(now_ns, time_ns())
+        self._head.cut = self._marks.control(layout.CUT)
+        self._publish()
         self._writer.close()
+
+    def _is_relieved(self) -> bool:
+        pid = self._marks.control(layout.RELIEF)
+        return pid != 0 and relief.waits(pid, self._path)
+
+    def _keep_apart(self) -> None:
+        """Before a window is finished out of turn: wait if the last one ended just now."""
+        wait_ns = self._stored_ns + APART_NS - monotonic_ns()
+        if wait_ns > 0:
+            sleep(wait_ns / 1e9)
 
     # -- what the sampler hands over --------------------------------------------------------------------------------
 
     def _store(self, row: Row) -> None:
+        self._stored_ns = row.end_ns
         self._writer.append(row)
         self._publish()
 
@@ -196,7 +239,7 @@ class Agent:
         head.mono_ns = monotonic_ns()
         head.wall_ns = time_ns()
         head.agent_rss_mib = latest.get(metrics.SELF_AGENT_RSS, 0.0)
-        head.agent_cpu_ns = process_time_ns()
+        head.agent_cpu_ns = self._cpu_before_ns + process_time_ns()
         head.late_max_ms = self._late_max_ms
         head.ticks = self._sampler.ticks
         head.dropped = self._dropped()
@@ -265,8 +308,6 @@ class Agent:
 
     def _sleep(self, wait_ms: float) -> list[int]:
         """Windows cannot poll a pipe: look at the control words at each turn."""
-        from time import sleep
-
         sleep(wait_ms / 1000.0)
         stop, cut = self._marks.control(layout.STOP), self._marks.control(layout.CUT)
         return [self._wake_fd] if stop or cut != self._head.cut else []
@@ -295,17 +336,21 @@ def _claim(path: str) -> int:
     return fd
 
 
-def main(path: str) -> int:
-    """Watch the process that the recording at ``path`` names. Returns the exit status."""
+def main(path: str, *, relieving: bool = False) -> int:
+    """Watch the process that the recording at ``path`` names, in the place of the agent that does, if ``relieving``.
+
+    Returns the exit status.
+    """
     held_fd = -1
-    if sys.platform == "linux" and (held_fd := _claim(path)) < 0:
+    if sys.platform == "linux" and (held_fd := (relief.relieve if relieving else _claim)(path)) < 0:
         return 0
     _ignore_signals()
     # nothing here makes reference cycles, and the collector's passes would cost more than they find
     gc.disable()
     try:
-        Agent(path).run()
-        aftermath.deliver(path, held_fd)
+        # the process may have died while the other one still watched, which leaves the delivery to the newcomer
+        if (relieving and _is_over(path)) or Agent(path).run():
+            aftermath.deliver(path, held_fd)
     except Exception as exc:
         try:
             _note_error(path, f"{type(exc).__name__}: {exc}")
@@ -315,6 +360,15 @@ def main(path: str) -> int:
             sys.stderr.write(f"memtrack agent: {type(exc).__name__}: {exc}\n")
         return 1
     return 0
+
+
+def _is_over(path: str) -> bool:
+    """Whether the recording was finished in order."""
+    from memtrack.recording.reader import RecordingReader
+
+    with RecordingReader(path) as reader:
+        state = reader.head().state
+        return state == ENDED or (state == STOPPED and reader.control(layout.STOP) != 0)
 
 
 def _ignore_signals() -> None:

@@ -4,13 +4,44 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 
-from memtrack.collectors.procfs import start_ticks
+from memtrack.collectors.procfs import program_name, start_ticks
 from memtrack.errors import MonitorError
 from memtrack.recording import layout
 from memtrack.recording.descriptor import above_stdio
 from memtrack.recording.marks import MarkWriter
 from memtrack.recording.reader import RecordingReader
+from memtrack.recording.standing import boot_id, pid_namespace
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from memtrack.config import Settings
+
+
+def header(settings: Settings, pid: int, *, is_own: bool, has_stacks: bool) -> dict[str, str]:
+    """The fields of the header of a recording of process ``pid``, which is this one if it ``is_own``."""
+    return {
+        "size": str(settings.recording_bytes),
+        "pid": str(pid),
+        "own": str(int(is_own)),
+        "start_ticks": str(start_ticks_of(pid)),
+        "boot_id": boot_id(),
+        "program": program_name(pid),
+        "wall_ns": str(time.time_ns()),
+        "mono_ns": str(time.monotonic_ns()),
+        "interval_s": repr(settings.interval_s),
+        "tick_s": repr(settings.tick_s),
+        "cpu_budget_pct": repr(settings.cpu_budget_pct),
+        "end_run": str(int(settings.end_run)),
+        "keep": str(settings.keep),
+        "keep_days": repr(settings.keep_days),
+        "metrics": choice(settings.metrics),
+        "selective": str(int(settings.selective)),
+        "pid_ns": pid_namespace(),
+        "stacks": settings.stacks if has_stacks else "off",
+        "python": f"{sys.version_info[0]}.{sys.version_info[1]}",
+    }
 
 
 def choice(chosen: str | tuple[str, ...]) -> str:
@@ -106,7 +137,7 @@ def stop_those_before(path: str, fields: dict[str, str]) -> None:
     """Stop the agents of earlier programs in this process, but for that of the recording at ``path`` with ``fields``.
 
     A process that replaces its program (``exec``) stays the same process, and its agent goes on. What has not been
-    delivered is delivered as after a stop. Never raises.
+    delivered is delivered as after a stop. That of a recording of ``memtrack run`` is left alone. Never raises.
     """
     folder, own_name = os.path.split(path)
     try:
@@ -125,5 +156,6 @@ def _is_live_twin(path: str, fields: dict[str, str]) -> bool:
     """Whether it is of the same process, made by itself, and its agent has not been told to stop."""
     with RecordingReader(path) as reader:
         is_live = reader.head().state == layout.RUNNING and not reader.control(layout.STOP)
+        is_live = is_live and "adopted" not in reader.fields
         same = ("pid", "own", "start_ticks", "boot_id", "pid_ns")
         return is_live and all(reader.fields.get(key) == fields[key] for key in same)

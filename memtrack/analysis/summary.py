@@ -8,7 +8,7 @@ from memtrack import metrics
 from memtrack.analysis.stacks import peak_stack
 from memtrack.analysis.verdict import describe, verdict_of
 from memtrack.sampling.window import LABELS, NO_STEP, Row
-from memtrack.sinks.base import RunFigures
+from memtrack.sinks.figures import RunFigures
 
 if TYPE_CHECKING:
     from memtrack.recording.reader import RecordingReader

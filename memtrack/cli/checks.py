@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 OK, NOTE, BAD = "ok", "note", "FAIL"
 
 EXTRAS = {
-    "comet": ("comet-ml", "wrapt"),
-    "mlflow": ("mlflow-skinny", "wrapt"),
-    "wandb": ("wandb", "wrapt"),
+    "comet": ("comet-ml",),
+    "mlflow": ("mlflow-skinny",),
+    "wandb": ("wandb",),
     "report": ("matplotlib", "numpy"),
     "cli": ("typer", "rich"),
     "data": ("numpy", "pandas", "pyarrow"),

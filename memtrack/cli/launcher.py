@@ -14,6 +14,7 @@ import time
 from typing import TYPE_CHECKING, NoReturn
 
 from memtrack import config
+from memtrack.agent import adoption
 from memtrack.cli import waiter
 from memtrack.cli.console import fail
 from memtrack.errors import MonitorError
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from memtrack.config import Settings
+
+CHILD = os.path.join(os.path.dirname(os.path.abspath(__file__)), "child")
+"""Folder of the ``sitecustomize`` that each Python of the command runs at its start."""
 
 NOT_EXECUTABLE, NOT_FOUND = 126, 127
 LOADING_TIMEOUT_S = 0.1
@@ -47,6 +51,19 @@ def child_environment(
     return child
 
 
+def with_autolog(environ: Mapping[str, str], *, wanted: bool) -> dict[str, str]:
+    """``environ`` with autolog turned on for every Python that runs in it, or off, also if it is on here."""
+    paths = [path for path in environ.get("PYTHONPATH", "").split(os.pathsep) if path != CHILD]
+    if paths == [""]:
+        paths = []
+    if wanted:
+        paths.insert(0, CHILD)
+    child = {name: value for name, value in environ.items() if name != "PYTHONPATH"}
+    if paths:
+        child["PYTHONPATH"] = os.pathsep.join(paths)
+    return child
+
+
 def replace(command: Sequence[str]) -> int:
     """Become the command. Returns the exit status if there is no such command."""
     for number in _IGNORED_BY_PYTHON:
@@ -64,7 +81,10 @@ def launch(command: Sequence[str], settings: Settings, environment: Mapping[str,
     """
     if not hasattr(signal, "sigwaitinfo"):
         raise MonitorError("memtrack run needs Linux. Call memtrack.start() in the program instead.")
-    config.make_directory(settings)
+    folder = config.make_directory(settings)
+    child = {**environment, adoption.VARIABLE: adoption.announcement(folder)}
+    if child.get("MEMTRACK_DIR"):
+        child["MEMTRACK_DIR"] = folder  # absolute: the program may be elsewhere when it asks
     # imported before the command starts, so that the agent comes soon after it
     from memtrack.monitor import Monitor
 
@@ -72,9 +92,7 @@ def launch(command: Sequence[str], settings: Settings, environment: Mapping[str,
     # From here on signals wait until the waiter takes them: none is lost on the way.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, waiter.taken())
     try:
-        pid = os.posix_spawnp(
-            command[0], list(command), dict(environment), setsigmask=before, setsigdef=_IGNORED_BY_PYTHON
-        )
+        pid = os.posix_spawnp(command[0], list(command), child, setsigmask=before, setsigdef=_IGNORED_BY_PYTHON)
     except OSError as exc:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return _cannot_run(command[0], exc)

@@ -17,11 +17,15 @@ def run(
     directory: Directory = None,
     cpu_budget: CpuBudget = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print no summary.")] = False,
+    no_autolog: Annotated[
+        bool, typer.Option("--no-autolog", help="Leave it to the program to feed MLflow, W&B and Comet.")
+    ] = False,
 ) -> None:
     """Run a command, any command, and monitor it: memtrack run -- python train.py
 
     Signals are passed on, the exit status is that of the command. At the end the summary goes to stderr; the recording
-    stays, see `memtrack report`.
+    stays, see `memtrack report`. The runs that Python programs start in MLflow, W&B or Comet get the charts, as with
+    memtrack.autolog().
     """
     from memtrack.cli import launcher
 
@@ -36,4 +40,5 @@ def run(
     if resolved.disable:
         raise typer.Exit(launcher.replace(command))
     environment = launcher.child_environment(resolved, [name for name, value in given.items() if value is not None])
+    environment = launcher.with_autolog(environment, wanted=not no_autolog)
     raise typer.Exit(launcher.launch(command, resolved, environment, quiet=quiet))

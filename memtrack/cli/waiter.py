@@ -40,7 +40,11 @@ def main(arguments: "list[str]") -> "NoReturn":
     _, status, usage = os.wait4(pid, 0)
     if recording and not quiet:
         try:
-            sys.stderr.write(_last_words(recording, usage.ru_maxrss / 1024.0))
+            try:
+                words = _last_words(recording, usage.ru_maxrss / 1024.0)
+            except Exception as exc:  # the exit status counts, whatever is wrong
+                words = f"memtrack: cannot sum up {recording} ({type(exc).__name__}: {exc})\n"
+            sys.stderr.write(words)
             sys.stderr.flush()
         except OSError:
             pass  # nobody listens any more

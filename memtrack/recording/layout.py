@@ -95,7 +95,8 @@ MAX_CELLS = (PAGE - LINE) // LINE
 MAX_DEPTH = 8
 
 # control words, counted in 8 bytes from CONTROL
-CUT, STOP, MARKS_WRITTEN, NAMES_WRITTEN, MARKS_REFUSED, EXITING = range(6)
+CUT, STOP, MARKS_WRITTEN, NAMES_WRITTEN, MARKS_REFUSED, EXITING, RELIEF = range(7)
+"""RELIEF is the pid of an agent that waits to take the place of the one that is there, and written by it."""
 
 # states of the agent
 STARTING, RUNNING, STOPPED, ENDED = range(4)

@@ -86,6 +86,25 @@ class MarkWriter:
         """Called when a phase begins or ends, at most every 50 ms: a sample there keeps phases apart. It is told
         whether the agent wants to be left alone."""
 
+    def go_on(self) -> None:
+        """Before the first mark: go on with the numbers and names that are there, of an earlier program or monitor of
+        this process; what was open then is not any more."""
+        part, words = self._bytes, self._words
+        with self._lock:
+            self._turn = max(words[word] for word, _ in _NOW)
+            self._marks = words[_WRITTEN_WORD]
+            table = bytes(part[layout.NAMES : layout.NAMES + layout.NAME_COUNT * _LINE])
+            self._names.update((name, number) for number, name in enumerate(layout.unpack_names(table), 1))
+            names = {number: name for name, number in self._names.items()}
+            for at in range(layout.GAUGES, layout.GAUGES + layout.GAUGE_COUNT * _LINE, _LINE):
+                _, set_ns, number = GAUGE_BODY.unpack_from(part, at + 8)
+                if set_ns:
+                    self._gauges[names.get(number, "")] = at
+                    self._gauge_turn = max(self._gauge_turn, words[at // 8])
+            if self._turn or self._marks:
+                self._mark(layout.EPOCH, 0, 0.0)
+                self.step(-1)
+
     def step(self, step: int) -> None:
         """The training has reached this step."""
         with self._lock:

@@ -46,7 +46,11 @@ class RecordingReader:
         self._file = Descriptor(_open(path))
         try:
             size = os.fstat(self._file.fd).st_size
-            self.fields = layout.unpack_header(os.pread(self._file.fd, layout.PAGE, 0), path)
+            try:
+                self.fields = layout.unpack_header(os.pread(self._file.fd, layout.PAGE, 0), path)
+            except RecordingFormatError:
+                # once more: a process that takes the recording over may just be writing its header
+                self.fields = layout.unpack_header(os.pread(self._file.fd, layout.PAGE, 0), path)
             if size < layout.MIN_SIZE or self.fields.get("size", str(size)) != str(size):
                 raise RecordingFormatError(f"{path}: {size} bytes, its header says {self.fields.get('size')}")
             if size > layout.MAX_SIZE:

@@ -38,6 +38,10 @@ HIGH_WATER_TOLERANCE_MIB = 1.0
 HIGH_WATER_NS = 10**9
 """How often high-water marks are read, besides at the ends of windows and phases."""
 
+APART_NS = 2_000_000
+"""Windows are at least so long. Trackers keep times in milliseconds: two windows that end in the same one would be one
+point with two values there, or the same point twice."""
+
 ROOMY_PCT = 25.0
 """Above this headroom a process that stands still is only glanced at."""
 
@@ -172,9 +176,10 @@ class Sampler:
                     self._on_phase(known.row)
             self._on_window(row)
             self._row = Row(row.last + 1, now_ns)
-        # absolute deadlines: windows do not drift; those that were missed (machine asleep) are skipped
-        if self._window_due_ns <= now_ns:
-            missed = (now_ns - self._window_due_ns) // self._interval_ns
+        # absolute deadlines: windows do not drift; those that were missed (machine asleep), or nearly, are skipped
+        soonest_ns = now_ns + APART_NS
+        if self._window_due_ns <= soonest_ns:
+            missed = (soonest_ns - self._window_due_ns) // self._interval_ns
             self._window_due_ns += (missed + 1) * self._interval_ns
 
     def cut_on_request(self, now_ns: int, wall_ns: int) -> None:

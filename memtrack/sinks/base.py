@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from memtrack.sampling.window import Row
+    from memtrack.sinks.figures import RunFigures
 
 
 class Point(NamedTuple):
@@ -71,44 +72,6 @@ class Batch:
 
 def _moment(row: Row) -> int:
     return round(row.end_wall_ns / 1e6)
-
-
-class RunFigures(NamedTuple):
-    """What a run ends with. Memory in MiB, shares in percent; None where it could not be measured."""
-
-    peak_rss_mib: float | None = None
-    peak_label: str = ""
-    """``exact``, ``sampled`` or ``bound``."""
-    peak_wall_s: float | None = None
-    """When the peak stood, Unix time."""
-    peak_phase: str = ""
-    peak_step: int | None = None
-    peak_epoch: int | None = None
-    peak_tree_pss_mib: float | None = None
-    processes_max: int = 1
-    limit_mib: float | None = None
-    limit_source: str = ""
-    headroom_min_pct: float | None = None
-    seconds: float = 0.0
-    agent_rss_mib: float | None = None
-    agent_cpu_pct: float | None = None
-    windows: int = 0
-    dropped: int = 0
-    merged: int = 0
-    """Windows that were merged because the recording was full; their extremes are exact all the same."""
-    verdict: str = ""
-    """How the process ended, one of ``memtrack.recording.records.KINDS``; "" while it lives."""
-    verdict_confidence: str = ""
-    """``certain``, ``confirmed``, ``likely`` or ``none``."""
-    verdict_text: str = ""
-    """The verdict as a sentence."""
-    verdict_evidence: tuple[str, ...] = ()
-    stack: str = ""
-    """The Python stack that goes with the verdict or the peak, a line a frame, innermost first."""
-    exit_code: int | None = None
-    signal: int | None = None
-    end_wall_s: float | None = None
-    """When what is told of ended, Unix time; None: now."""
 
 
 class Sink(Protocol):

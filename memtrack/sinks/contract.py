@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from memtrack import metrics
 from memtrack.errors import DeliveryError, RejectedError
 from memtrack.sampling.window import Place, Row
-from memtrack.sinks.base import Batch, Point, RunFigures
+from memtrack.sinks.base import Batch, Point
+from memtrack.sinks.figures import RunFigures
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

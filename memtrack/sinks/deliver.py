@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from memtrack.recording.records import Feed
-    from memtrack.sinks.base import RunFigures, Sink
+    from memtrack.sinks.base import Sink
+    from memtrack.sinks.figures import RunFigures
 
     Figures = Callable[[RecordingReader, int, int | None], RunFigures]
 

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
     from memtrack.recording.reader import RecordingReader
     from memtrack.sampling.window import Row
-    from memtrack.sinks.base import RunFigures, Sink
+    from memtrack.sinks.base import Sink
+    from memtrack.sinks.figures import RunFigures
 
 BATCH_WINDOWS = 64
 

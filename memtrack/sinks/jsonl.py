@@ -12,7 +12,8 @@ from memtrack.errors import DeliveryError, RecordingError, RejectedError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from memtrack.sinks.base import Batch, RunFigures
+    from memtrack.sinks.base import Batch
+    from memtrack.sinks.figures import RunFigures
 
 
 _BEGINNINGS = (b'{"figures": ', b'{"name": ')

@@ -16,7 +16,8 @@ from memtrack.sinks.feeds import Delivery, FeedWriter, Halted
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from memtrack.sinks.base import RunFigures, Sink
+    from memtrack.sinks.base import Sink
+    from memtrack.sinks.figures import RunFigures
 
     Environments = Mapping[str, Mapping[str, str]]
 

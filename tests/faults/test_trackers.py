@@ -18,7 +18,6 @@ from tests.faults.lab import until
 from tests.integrations.mlflow_lab import Store, points, rows, scripts
 
 pytest.importorskip("mlflow")
-pytest.importorskip("wrapt")
 
 PROLOGUE = """
 import logging

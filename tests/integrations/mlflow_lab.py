@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -38,12 +39,14 @@ def report(**what):
 
 
 def environment(**more):
-    """The environment for a child: nothing of the caller's MLflow and memtrack settings, telemetry off, no proxy."""
+    """The environment for a child: nothing of the caller's MLflow and memtrack settings, telemetry off, no proxy, and
+    every window sent, so that windows can be counted."""
     drop = re.compile(r"(MLFLOW|MEMTRACK)_|.*_proxy$", re.IGNORECASE)
     kept = {name: value for name, value in os.environ.items() if not drop.match(name)}
     paths = [str(ROOT), str(ROOT / "integrations"), kept.get("PYTHONPATH", "")]
     return {
         **kept,
+        "MEMTRACK_SELECTIVE": "0",
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_ENABLE_JOB_EXECUTION": "false",
@@ -134,14 +137,28 @@ def sqlite_store(mlflow_template, tmp_path):
 
 
 class Server(Store):
-    """``mlflow server`` on loopback, on one port for its whole life."""
+    """``mlflow server`` on loopback, on one port for its whole life.
 
-    def __init__(self, folder: Path) -> None:
+    ``options`` are added to its command line, and ``variables`` to its environment. With a ``context``, which trusts
+    its certificate, it is asked over TLS; ``prefix`` is the path that it is under.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *options: str,
+        prefix: str = "",
+        context: ssl.SSLContext | None = None,
+        variables: dict[str, str] | None = None,
+    ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        super().__init__(f"http://127.0.0.1:{self.port}")
+        super().__init__(f"http{'s' if context else ''}://127.0.0.1:{self.port}{prefix}")
         self._folder = folder
+        self._options = options
+        self._variables = variables or {}
+        self._context = context
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self):
@@ -151,13 +168,13 @@ class Server(Store):
         command = [
             *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)),
             *("--backend-store-uri", f"sqlite:///{self._folder}/mlflow.db", "--workers", "1"),
-            *("--default-artifact-root", f"file://{self._folder}/artifacts"),
+            *(self._options or ("--default-artifact-root", f"file://{self._folder}/artifacts")),
         ]
         with open(self._folder / "server.log", "ab") as log:
             self._process = subprocess.Popen(
                 command,
                 cwd=self._folder,
-                env=environment(),
+                env=environment(**self._variables),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -175,7 +192,7 @@ class Server(Store):
     def healthy(self):
         """Whether it answers."""
         try:
-            with urllib.request.urlopen(f"{self.uri}/health", timeout=5) as answer:
+            with urllib.request.urlopen(f"{self.uri}/health", timeout=5, context=self._context) as answer:
                 return answer.status == 200
         except OSError:
             return False
@@ -218,14 +235,24 @@ class _QuietServer(ThreadingHTTPServer):
 
 
 class Proxy(Store):
-    """An HTTP proxy in front of a server. ``misbehave`` decides what becomes of each of memtrack's requests.
+    """An HTTP proxy in front of a server, with TLS if it is given a ``context`` for that.
+
+    It has the server under the path ``prefix``, and beside it the documents of ``site``, path -> what becomes JSON.
+    ``misbehave`` decides what becomes of each of memtrack's requests.
 
     It is called with the number of the request and returns None to pass it on, or one of: ``("wait", seconds)`` and
     then pass it on, ``("answer", status, headers)`` in the server's stead, ``("hang up",)`` after the server has
     taken it. The requests of the user's own code are passed on.
     """
 
-    def __init__(self, server: Server) -> None:
+    def __init__(
+        self,
+        server: Server,
+        *,
+        context: ssl.SSLContext | None = None,
+        prefix: str = "",
+        site: dict[str, Any] | None = None,
+    ) -> None:
         self.misbehave: Callable[[int], tuple[Any, ...] | None] = lambda number: None
         self.requests: list[float] = []
         """When each of memtrack's requests came, monotonic."""
@@ -250,6 +277,10 @@ class Proxy(Store):
                 refused = proxy.gate(self.headers)
                 if refused is not None:
                     return self.answer(refused, {}, b"")
+                if site and self.path in site:
+                    return self.answer(200, {"Content-Type": "application/json"}, json.dumps(site[self.path]).encode())
+                if not self.path.startswith(prefix):
+                    return self.answer(404, {}, b"")
                 if self.path.endswith("/log-batch") and b"memory/" in body:
                     proxy.requests.append(time.monotonic())
                     what = proxy.misbehave(len(proxy.requests))
@@ -260,7 +291,7 @@ class Proxy(Store):
                 upstream = HTTPConnection("127.0.0.1", server.port, timeout=60)
                 try:
                     headers = {k: v for k, v in self.headers.items() if k.lower() not in ("connection", "host")}
-                    upstream.request(self.command, self.path, body or None, headers)
+                    upstream.request(self.command, self.path.removeprefix(prefix), body or None, headers)
                     answer = upstream.getresponse()
                     content = answer.read()
                 except (OSError, HTTPException):
@@ -285,9 +316,11 @@ class Proxy(Store):
         self._http = _QuietServer(("127.0.0.1", 0), Handler)
         self._http.daemon_threads = True
         self._http.block_on_close = False
+        if context is not None:
+            self._http.socket = context.wrap_socket(self._http.socket, server_side=True, do_handshake_on_connect=False)
         self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.05})
         self._thread.start()
-        super().__init__(f"http://127.0.0.1:{self._http.server_address[1]}")
+        super().__init__(f"http{'s' if context else ''}://127.0.0.1:{self._http.server_address[1]}{prefix}")
 
     def close(self):
         """Stop it."""

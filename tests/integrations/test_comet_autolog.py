@@ -24,7 +24,6 @@ from tests.integrations.comet_lab import (
 )
 
 pytest.importorskip("comet_ml")
-pytest.importorskip("wrapt")
 
 LOOP = """
 report(key=exp.get_key(), since=time.time())

@@ -10,7 +10,6 @@ from memtrack import metrics
 from tests.integrations.mlflow_lab import SUMMARY, check_run, rows, scripts, sqlite_copy
 
 pytest.importorskip("mlflow")
-pytest.importorskip("wrapt")
 
 FAST = "interval=0.1, flush_interval=0.1"
 

@@ -14,7 +14,6 @@ from tests.cgroup_lab import make_group
 from tests.integrations.test_mlflow_sync import check_once
 
 pytest.importorskip("mlflow")
-pytest.importorskip("wrapt")
 
 __all__ = ["make_group"]
 

@@ -14,7 +14,6 @@ import pytest
 from tests.integrations.mlflow_lab import Proxy, points, rows, scripts
 
 pytest.importorskip("mlflow")
-pytest.importorskip("wrapt")
 
 LOOP = """
 import logging, memtrack, mlflow

@@ -21,7 +21,6 @@ from memtrack.recording.standing import waiting
 from tests.integrations.mlflow_lab import SUMMARY, Proxy, environment, points, rows, scripts
 
 pytest.importorskip("mlflow")
-pytest.importorskip("wrapt")
 
 TRAIN = """
 import memtrack, mlflow

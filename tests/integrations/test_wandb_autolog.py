@@ -11,7 +11,6 @@ from tests.integrations.mlflow_lab import scripts
 from tests.integrations.wandb_lab import check_run, in_folder, read_run
 
 pytest.importorskip("wandb")
-pytest.importorskip("wrapt")
 
 FAST = "interval=0.1, flush_interval=0.1"
 
@@ -250,3 +249,38 @@ def test_taking_it_back(gallery):
     assert max(timestamp for timestamp, _ in run.stats) <= 1000 * until + 1
     assert "memtrack/peak_rss_mib" in run.summary
     assert not read_run(root, done.result["later"][0]).stats
+
+
+WORKERS = f"""
+import memtrack, multiprocessing, wandb
+memtrack.autolog({FAST})
+def train(how):
+    # without W&B's own series, which have the label as well
+    with wandb.init(project="p", settings=wandb.Settings(x_label=how, x_disable_stats=True)) as run:
+        t0 = time.time()
+        time.sleep(0.7)
+        report(**{{how: [run.id, os.getpid(), t0, time.time()]}})
+if __name__ == "__main__":
+    with wandb.init(project="p") as run:
+        t0 = time.time()
+        workers = [multiprocessing.get_context(how).Process(target=train, args=[how]) for how in ("spawn", "fork")]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        report(parent=[run.id, os.getpid(), t0, time.time()])
+    sys.exit(sum(worker.exitcode for worker in workers))
+"""
+
+
+def test_runs_of_worker_processes(wandb_train, tmp_path):
+    """Workers of both kinds, and the process that has started them, each with a run of its own at the same time: each
+    has its own process's windows, under the label that it writes with."""
+    done = wandb_train(WORKERS)
+    recordings = {int(path.stem.split("-")[2]): path for path in done.recordings}
+    assert len(recordings) == len(done.result) == 3
+    for name, (run_id, pid, since, until) in done.result.items():
+        run = read_run(tmp_path, run_id)
+        check_run(run, recordings[pid], since, until, outer_s=0.5, writer="" if name == "parent" else name)
+        assert run.exit_codes == [0]
+    assert "memtrack:" not in done.stderr

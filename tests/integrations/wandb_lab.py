@@ -127,27 +127,28 @@ def read_run(root, run_id, timeout=20.0):
         time.sleep(0.2)
 
 
-def expected(found):
+def expected(found, writer=""):
     """``key -> [(time in ms, value)]``: what the default charts of these windows must show."""
-    return {series_key(name): series for name, series in points(found).items()}
+    return {series_key(name, writer): series for name, series in points(found).items()}
 
 
-def check_run(run, recording, since, until, *, slack_s=0.15, outer_s=0.3):
+def check_run(run, recording, since, until, *, slack_s=0.15, outer_s=0.3, writer=""):
     """Assert that a run has every window of the recording between two times, once, and none from outside of them.
 
     Windows within ``slack_s`` inside of the two times, or ``outer_s`` outside of them, may be there or not: the script
-    notes its times a little after the start and before the end. Returns the run's series.
+    notes its times a little after the start and before the end. ``writer`` is the label of the process. Returns the
+    run's series.
     """
     series = run.series
-    must = expected(rows(recording, since + slack_s, until - slack_s))
-    may = expected(rows(recording, since - outer_s, until + outer_s))
+    must = expected(rows(recording, since + slack_s, until - slack_s), writer)
+    may = expected(rows(recording, since - outer_s, until + outer_s), writer)
     assert must, "no windows in that time"
     assert set(must) <= set(series) <= set(may)
     for key, got in series.items():
         assert len({timestamp for timestamp, _ in got}) == len(got), f"{key} has points twice"
         assert not set(must.get(key, ())) - set(got), f"{key} lacks windows"
         assert not set(got) - set(may[key]), f"{key} has points of no window of this run"
-    assert set(must) >= SIGNS
+    assert set(must) >= {sign.replace("/l:", f"/l:{writer}-") if writer else sign for sign in SIGNS}
     assert metrics.RSS not in series
     return series
 

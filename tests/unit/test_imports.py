@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import sys
+import zipfile
 
 import pytest
 
-from memtrack import imports
+from memtrack import imports, registry
+from memtrack.cli import unasked
 
 
 @pytest.fixture
@@ -60,3 +62,21 @@ def test_a_module_that_is_not_there(module):
     with pytest.raises(ModuleNotFoundError, match="memtrack_test_absent"):
         importlib.import_module("memtrack_test_absent")
     imports.forget("memtrack_test_absent")
+
+
+def test_one_loader_for_many_modules(tmp_path, monkeypatch):
+    """A zip file has one: only the module that is waited for counts, though another is loaded first."""
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        archive.writestr("memtrack_test_other.py", "")
+        archive.writestr("memtrack_test_zipped.py", "import memtrack_test_other\nvalue = 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "all.zip"))
+    seen = []
+    imports.when_imported("memtrack_test_zipped", lambda: seen.append(sys.modules["memtrack_test_zipped"].value))
+    importlib.import_module("memtrack_test_zipped")
+    assert seen == [1]
+    imports.forget("memtrack_test_zipped")
+
+
+def test_the_trackers_that_run_waits_for():
+    """They are those that autolog knows."""
+    assert {registry.MODULES.get(tracker, tracker): tracker for tracker in registry.AUTOLOG} == unasked.TRACKERS

@@ -284,6 +284,16 @@ def test_missed_windows_are_skipped(clock):
     assert [row.first for row in bench.windows] == list(range(9))
 
 
+def test_late_windows_end_apart(clock):
+    """A tick that is late by nearly a window, half a millisecond before the next deadline: trackers would have two
+    points in one millisecond."""
+    bench = Bench(Curve(clock, lambda t: 100.0))
+    bench.run(5.0)
+    clock.advance(1.9995)
+    bench.run(clock.seconds + 3.0)
+    assert [bench.seconds(row.end_ns) for row in bench.windows[5:]] == pytest.approx([6.9995, 8.0, 9.0])
+
+
 def test_no_burst_after_being_late(clock):
     """Ticks that were missed are not made up for."""
     bench = Bench(Curve(clock, lambda t: 100.0 + 10 * t))
