@@ -37,7 +37,8 @@ def tags_of(figures: RunFigures) -> dict[str, str]:
     tags = {"version": texts["version"], **{name: str(getattr(figures, name)) for name in COUNTS}}
     if figures.peak_rss_mib is not None:
         tags["peak"] = f"{figures.peak_rss_mib:.1f} MiB ({figures.peak_label})"
-        tags["peak_phase"] = figures.peak_phase
+        if figures.peak_phase:
+            tags["peak_phase"] = figures.peak_phase
         if figures.peak_step is not None:
             tags["peak_step"] = str(figures.peak_step)
     if figures.limit_mib is not None and figures.headroom_min_pct is not None:
