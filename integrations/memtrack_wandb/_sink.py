@@ -68,7 +68,8 @@ class WandbSink:
         self._label = _where.label_of(settings)
         self._key_and_server = getattr(settings, "api_key", None), getattr(settings, "base_url", None)
         self._exit_code: int | None = None
-        self._held: set[int] = set()
+        self._held: dict[int, frozenset[str]] = {}
+        """What the files of a run that was opened again have: keys by time."""
         self._target: dict[str, str] | None = None
         """Of a run that was opened again."""
         self._ended = False
@@ -99,7 +100,7 @@ class WandbSink:
         run_id = target["id"]
         if "/" in run_id:
             raise RejectedError(f"{run_id!r} is no id of a run", run_gone=True)
-        kept = held(target["dir"], run_id, target.get("label", "")) if "dir" in target else set()
+        kept = held(target["dir"], run_id, target.get("label", "")) if "dir" in target else {}
         sink = cls(run=_where.resume(target))
         sink._target = target
         sink._held = kept
@@ -116,8 +117,12 @@ class WandbSink:
             return
         try:
             for timestamp_ms, points in groupby(batch.points(), key=lambda point: point.timestamp_ms):
-                if timestamp_ms not in self._held:
-                    self._publish(timestamp_ms, {series_key(point.name, self._label): point.value for point in points})
+                values = {series_key(point.name, self._label): point.value for point in points}
+                kept = self._held.get(timestamp_ms)
+                if kept:
+                    values = {key: value for key, value in values.items() if key not in kept}
+                if values:
+                    self._publish(timestamp_ms, values)
         except Exception as exc:
             raise DeliveryError(f"W&B's process does not take it: {_where.first_line(exc)}") from exc
 

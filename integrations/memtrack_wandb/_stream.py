@@ -91,21 +91,28 @@ def _record(protocol: Any, timestamp_ms: int, values: Mapping[str, float]) -> An
     return record
 
 
-def held(root: str, run_id: str, writer: str = "") -> set[int]:
-    """The times, in milliseconds of Unix time, at which the files of an offline run have values of ours.
+def held(root: str, run_id: str, writer: str = "") -> dict[int, frozenset[str]]:
+    """What the files of an offline run have of ours: by time, in milliseconds of Unix time, the keys.
 
     After a kill they lack the last quarter of a minute, which W&B had in memory, or everything.
     """
     protocol = import_module("wandb.proto.wandb_internal_pb2")
-    found = set()
+    found: dict[int, frozenset[str]] = {}
+    # most records have the same keys: one set serves them all
+    sets: dict[frozenset[str], frozenset[str]] = {}
     for folder in ("wandb", ".wandb"):
         # what comes before the id in the name of a run's folder is a time, and a number may come behind it
         pattern = os.path.join(glob.escape(root), folder, "offline-run-*", f"run-{glob.escape(run_id)}.wandb")
         for path in glob.glob(pattern):
             for data in _log_records(path):
                 record = protocol.Record.FromString(data)
-                if record.HasField("stats") and any(_is_ours(item.key, writer) for item in record.stats.item):
-                    found.add(record.stats.timestamp.ToMilliseconds())
+                ours = record.HasField("stats") and [
+                    item.key for item in record.stats.item if _is_ours(item.key, writer)
+                ]
+                if ours:
+                    timestamp_ms = record.stats.timestamp.ToMilliseconds()
+                    keys = found.get(timestamp_ms, frozenset()).union(ours)
+                    found[timestamp_ms] = sets.setdefault(keys, keys)
     return found
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from memtrack import metrics
 from memtrack.errors import DeliveryError, MonitorError
-from memtrack.sinks import Point, RunFigures
+from memtrack.sinks import Batch, Point, RunFigures
 from memtrack.testing import SinkContract, example_batch
 from tests.integrations.wandb_lab import SETTINGS, folders, inspect, milliseconds, read_run
 
@@ -234,12 +234,33 @@ def test_what_a_torn_file_holds(start, tmp_path):
     (path,) = folder.glob("*.wandb")
     assert path.stat().st_size > 1 << 16
     known = {milliseconds(record["stats"]["timestamp"]) for record in inspect(folder) if record["type"] == "stats"}
-    assert held(str(tmp_path), run.id) == known
+    found = held(str(tmp_path), run.id)
+    assert found.keys() == known
     assert len(known) == 600
-    assert held(str(tmp_path), run.id[:-1]) == set()
+    assert {*found.values()} == {frozenset(series_key(point.name) for point in example_batch().points())}
+    assert held(str(tmp_path), run.id[:-1]) == {}
     os.truncate(path, int(path.stat().st_size * 0.6))
     known = {milliseconds(record["stats"]["timestamp"]) for record in inspect(folder) if record["type"] == "stats"}
-    assert held(str(tmp_path), run.id) == known
+    assert held(str(tmp_path), run.id).keys() == known
     assert 200 < len(known) < 600
     os.truncate(path, 0)
-    assert held(str(tmp_path), run.id) == set()
+    assert held(str(tmp_path), run.id) == {}
+
+
+def test_points_that_a_file_lacks_of_a_moment_that_it_has(start, tmp_path):
+    """Of one window, one series was sent and the other held back, as selective logging does; who delivers after the
+    death sends what is not there, and what is there not again."""
+    run = start()
+    points = list(example_batch(2).points())
+    sink = WandbSink(run=run)
+    sink.write(Batch((), "all", [point for point in points if point.name == metrics.RSS]))
+    target = dict(sink.target)
+    run.finish()
+    again = WandbSink.reopen(target)
+    again.write(Batch((), "all", points))
+    again.finish(RunFigures(verdict="killed", signal=9))
+    again.conclude(RunFigures(verdict="killed", signal=9))
+    again.close()
+    series = read_run(tmp_path, run.id).series
+    arrived = sorted((key, *one) for key, found in series.items() for one in found)
+    assert arrived == sorted((series_key(point.name), point.timestamp_ms, point.value) for point in points)
