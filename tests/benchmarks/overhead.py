@@ -1,12 +1,13 @@
-"""What monitoring costs: the same training loop without it, with memtrack, and with MLflow's own system metrics.
+"""What monitoring costs: the same training loop without it, with memtrack, and with the trackers' own metrics.
 
-    python tests/benchmarks/overhead.py [--quick] [--markdown] [--json FILE]
+    python tests/benchmarks/overhead.py [--trackers mlflow,wandb,comet] [--rounds N] [--quick] [--markdown]
 
-Each arm runs in a fresh process against one MLflow server on this machine, in turn (A B C A B C ...), and is compared
-with the plain arm of the same round; the medians of the rounds are shown. Below that stand the costs of single calls.
-Memory is exact; times are those of this machine, and noisy where it has other work: compare ratios.
+For each tracker each arm runs in a fresh process, in turn (A B C A B C ...), and is compared with the plain arm of the
+same round; the medians of the rounds are shown. MLflow's runs go to a server on this machine, those of W&B and Comet
+are offline. Below that stand the costs of single calls, and what selective logging leaves out. Memory is exact; times
+are those of this machine, and noisy where it has other work: compare ratios.
 
-The whole takes some fifteen minutes, with --quick three. Linux only.
+A round takes some four minutes a tracker, all else two; --quick is one short round. Linux only.
 """
 
 from __future__ import annotations
@@ -26,13 +27,16 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+PREFIXES = ("MEMTRACK_", "MLFLOW_", "WANDB_", "COMET_")
 BY_PATH = [str(ROOT), str(ROOT / "integrations")]
 sys.path += BY_PATH  # at the end: PYTHONPATH, and what is installed, come first
 
 from memtrack.recording.reader import RecordingReader  # noqa: E402
-from tests.benchmarks.arms import Figures, Loop, Store  # noqa: E402
+from tests.benchmarks import selective  # noqa: E402
+from tests.benchmarks.arms import Figures, Loop  # noqa: E402
 from tests.benchmarks.readings import cpu, memory  # noqa: E402
-from tests.benchmarks.tables import TITLES, loop_table, micro_table, render  # noqa: E402
+from tests.benchmarks.stores import STORES, Store  # noqa: E402
+from tests.benchmarks.tables import NAMES, TITLES, loop_table, micro_table, render  # noqa: E402
 from tests.benchmarks.training_loop import ARMS  # noqa: E402
 
 
@@ -91,7 +95,7 @@ def machine() -> str:
     """Where this was measured."""
     with open("/proc/meminfo", encoding="ascii") as file:
         total_gib = int(file.readline().split()[1]) / (1 << 20)
-    versions = ", ".join(f"{name} {version(name)}" for name in ("mlflow", "numpy"))
+    versions = ", ".join(f"{name} {version(name)}" for name in ("mlflow", "wandb", "comet_ml", "numpy"))
     return (
         f"{os.cpu_count()} cores, {total_gib:.0f} GiB, Linux {platform.release().partition('-')[0]}, "
         f"{platform.python_implementation()} {platform.python_version()}, {versions}"
@@ -110,31 +114,47 @@ def _processor_ticks() -> tuple[float, float]:
     return sum(fields), fields[3] + fields[4]
 
 
-def measure_rounds(arguments: argparse.Namespace, folder: Path, environ: dict[str, str]) -> list[dict[str, Figures]]:
-    """Every arm in turn, as often as there are rounds."""
-    rounds: list[dict[str, Figures]] = []
-    progress("setting up the tracking store ...")
-    store = Store(arguments.store, folder, environ)
+def measure_rounds(
+    arguments: argparse.Namespace, folder: Path, environ: dict[str, str]
+) -> list[dict[str, dict[str, Figures]]]:
+    """Every arm of every tracker in turn, as often as there are rounds: tracker -> arm -> figures, for each round."""
+    rounds: list[dict[str, dict[str, Figures]]] = []
+    stores: dict[str, Store] = {}
     try:
-        # the first run finds a cold server and uncompiled modules; it does not count
-        progress("warming up ...")
-        Loop("memtrack" if "memtrack" in arguments.arms else arguments.arms[0], store, True, environ).run()
+        for tracker in arguments.trackers:
+            progress(f"{NAMES[tracker]}: setting up and warming up ...")
+            stores[tracker] = STORES[tracker](folder, environ, arguments.store)
+            # the first run finds a cold server and uncompiled modules; it does not count
+            arm = "memtrack" if "memtrack" in arguments.arms else arguments.arms[0]
+            Loop(tracker, arm, stores[tracker], True, environ).run()
         for number in range(arguments.rounds):
             rounds.append({})
-            for arm in arguments.arms:
-                warm_up()
-                since = _processor_ticks()
-                found = rounds[-1][arm] = Loop(arm, store, arguments.quick, environ).run()
-                found["monitor_cpu_pct"] = found["agent_cpu_pct"] + found["threads_cpu_pct"]
-                if "plain" in rounds[-1]:
-                    found["monitor_cpu_pct"] -= rounds[-1]["plain"]["threads_cpu_pct"]
-                progress(
-                    f"round {number + 1} of {arguments.rounds}, {TITLES[arm]}: trained {found['train_s']:.1f} s, "
-                    f"USS {found['uss_mib']:.1f} MiB, machine {busy_share(since):.0f} % busy"
-                )
+            for tracker, store in stores.items():
+                measured = rounds[-1][tracker] = {}
+                for arm in arguments.arms:
+                    measured[arm] = measure_arm(tracker, arm, store, arguments.quick, environ, measured.get("plain"))
+                progress(f"round {number + 1} of {arguments.rounds}: {NAMES[tracker]} done")
     finally:
-        store.close()
+        for store in stores.values():
+            store.close()
     return rounds
+
+
+def measure_arm(
+    tracker: str, arm: str, store: Store, is_quick: bool, environ: dict[str, str], plain: Figures | None
+) -> Figures:
+    """The figures of one run of the training loop; ``plain`` are those of the tracker alone."""
+    warm_up()
+    since = _processor_ticks()
+    found = Loop(tracker, arm, store, is_quick, environ).run()
+    parts = ("agent_cpu_pct", "threads_cpu_pct", "tracker_cpu_pct")
+    base = found if arm == "plain" else plain or {}
+    found["monitor_cpu_pct"] = sum(found[part] - base.get(part, 0.0) for part in parts)
+    progress(
+        f"  {TITLES[arm].format(NAMES[tracker])}: trained {found['train_s']:.1f} s, "
+        f"USS {found['uss_mib']:.1f} MiB, machine {busy_share(since):.0f} % busy"
+    )
+    return found
 
 
 def measure_micro(arguments: argparse.Namespace, environ: dict[str, str]) -> Figures:
@@ -152,20 +172,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="short runs, one round: to see that it works")
     parser.add_argument("--rounds", type=int, help="how often each arm runs (3)")
+    parser.add_argument(
+        "--trackers", type=lambda text: text.split(","), default=list(STORES), help=f"of {','.join(STORES)}"
+    )
     parser.add_argument("--arms", type=lambda text: text.split(","), default=list(ARMS), help=f"of {','.join(ARMS)}")
     parser.add_argument(
         "--store", choices=("server", "sqlite"), default="server", help="where MLflow's runs go (server)"
     )
-    parser.add_argument("--only", choices=("loop", "micro"), help="leave the other half out")
+    parser.add_argument("--only", choices=("loop", "micro"), help="leave the rest out")
     parser.add_argument("--markdown", action="store_true", help="tables for a README")
     parser.add_argument("--json", metavar="FILE", help="write every figure of every round")
     arguments = parser.parse_args()
     arguments.rounds = arguments.rounds or (1 if arguments.quick else 3)
     if unknown := set(arguments.arms) - set(ARMS):
         parser.error(f"no such arm: {', '.join(sorted(unknown))}")
+    if unknown := set(arguments.trackers) - set(STORES):
+        parser.error(f"no such tracker: {', '.join(sorted(unknown))}")
 
     folder = Path(tempfile.mkdtemp(prefix="memtrack-bench-"))
-    environ = {name: value for name, value in os.environ.items() if not name.startswith(("MEMTRACK_", "MLFLOW_"))} | {
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(PREFIXES)} | {
         "PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), *BY_PATH])),
         "PYTHONHASHSEED": "0",
         "MEMTRACK_DIR": str(folder / "recordings"),
@@ -192,15 +217,19 @@ def main() -> None:
         Path(arguments.json).write_text(json.dumps(everything, indent=1) + "\n")
 
 
-def report(arguments: argparse.Namespace, rounds: list[dict[str, Figures]], single: Figures) -> None:
+def report(arguments: argparse.Namespace, rounds: list[dict[str, dict[str, Figures]]], single: Figures) -> None:
     """The tables."""
-    if rounds:
-        where_to = "an MLflow server on this machine" if arguments.store == "server" else "MLflow with sqlite"
-        print(f"\nA training loop that logs to {where_to}, one point a second\n")
-        print(render(loop_table(rounds, arguments.arms), arguments.markdown))
+    places = {"mlflow": "an MLflow server on this machine" if arguments.store == "server" else "MLflow with sqlite"}
+    for tracker in arguments.trackers if rounds else ():
+        print(f"\nA training loop that logs to {places.get(tracker, f'{NAMES[tracker]}, offline')}\n")
+        table = loop_table(tracker, [one[tracker] for one in rounds], arguments.arms)
+        print(render(table, arguments.markdown))
     if single:
         print("\nSingle costs\n")
         print(render(micro_table(single), arguments.markdown))
+    if arguments.only is None:
+        print("\nSelective logging, against every window sent\n")
+        print(selective.table(arguments.markdown))
 
 
 if __name__ == "__main__":

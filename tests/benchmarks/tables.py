@@ -6,7 +6,8 @@ import statistics
 from typing import NamedTuple
 
 Figures = dict[str, float]
-TITLES = {"plain": "MLflow alone", "memtrack": "memtrack", "mlflow": "MLflow's metrics"}
+NAMES = {"mlflow": "MLflow", "wandb": "W&B", "comet": "Comet"}
+TITLES = {"plain": "{} alone", "memtrack": "memtrack", "own": "{}'s metrics"}
 
 
 class Line(NamedTuple):
@@ -29,12 +30,14 @@ LOOP_LINES = (
     Line("agent RSS", "agent_rss_mib", "MiB", 1, False, 10.0),
     Line("agent PSS", "agent_pss_mib", "MiB", 1, False, 6.0),
     Line("agent USS", "agent_uss_mib", "MiB"),
+    Line("tracker's own processes, PSS", "tracker_pss_mib", "MiB"),
     Line("extra threads", "threads", "", 0, True, 1),
-    Line("CPU of it all (agent and threads)", "monitor_cpu_pct", "% of a core", 2, False, 0.2),
+    Line("CPU of it all (agent, threads, processes)", "monitor_cpu_pct", "% of a core", 2, False, 0.2),
     Line("  agent", "agent_cpu_pct", "% of a core", 2),
     Line("  threads in the training process, extra", "threads_cpu_pct", "% of a core", 2, True),
+    Line("  tracker's own processes, extra", "tracker_cpu_pct", "% of a core", 2, True),
     Line("main thread", "main_cpu_pct", "% of a core", 1),
-    Line("MLflow server, extra", "server_cpu_pct", "% of a core", 1, True),
+    Line("tracker's server, extra", "server_cpu_pct", "% of a core", 1, True),
     Line("training, the same steps", "train_s", "s", 2),
     Line("autolog call", "call_ms", "ms", 1),
     Line("start of the run with it, extra", "start_ms", "ms", 0, True),
@@ -44,8 +47,9 @@ LOOP_LINES = (
     Line("written to disk, extra", "disk_mib", "MiB", 2, True),
     Line("  the agent's, of it all", "agent_written_mib", "MiB", 2),
     Line("  the agent's, to disk", "agent_disk_mib", "MiB", 2),
-    Line("series on the server", "series", "", 0),
-    Line("points a series", "points", "", 0),
+    Line("series", "series", "", 0),
+    Line("points a series, median", "points_per_min", "1/min", 1),
+    Line("  of the one with the most", "most_points_per_min", "1/min", 1),
     Line("longest gap between samples, lock held", "gap_ms", "ms", 0),
     Line("  the lock was held for", "gil_s", "s", 1),
     Line("spikes seen", "spikes_pct", "%", 0),
@@ -110,9 +114,9 @@ def verdict(value: float | None, line: Line) -> list[str]:
     return [f"{line.budget:g}", "ok" if round(value, line.digits) <= line.budget else "MISSED"]
 
 
-def loop_table(rounds: list[dict[str, Figures]], arms: list[str]) -> list[list[str]]:
-    """Header and rows of the comparison."""
-    table = [["", *(TITLES[arm] for arm in arms), "unit", "budget", ""]]
+def loop_table(tracker: str, rounds: list[dict[str, Figures]], arms: list[str]) -> list[list[str]]:
+    """Header and rows of the comparison with one tracker."""
+    table = [["", *(TITLES[arm].format(NAMES[tracker]) for arm in arms), "unit", "budget", ""]]
     for line in LOOP_LINES:
         found = {arm: combine(line, arm, rounds) for arm in arms}
         if any(value is not None for value in found.values()):
@@ -134,8 +138,8 @@ def micro_table(figures: Figures) -> list[list[str]]:
 def render(table: list[list[str]], markdown: bool) -> str:
     """Aligned columns; numbers to the right."""
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    right = [column == "unit" or index > 0 for index, column in enumerate(table[0])]
-    right[table[0].index("unit")] = right[-1] = False
+    right = [index > 0 and column != "unit" for index, column in enumerate(table[0])]
+    right[-1] = False
     lines = []
     for row in table:
         cells = [

@@ -1,8 +1,8 @@
 """The training loop that the overhead benchmark measures. Run by overhead.py, once an arm, in a process of its own.
 
-    python training_loop.py ARM --tracking-uri URI [--quick]
+    python training_loop.py TRACKER ARM ADDRESS [--quick]
 
-It trains a small model with numpy on 300 MiB of data, logs its loss to MLflow once a second, and goes through four
+It trains a small model with numpy on 300 MiB of data, logs its loss to a tracker once a second, and goes through four
 stages, each of which it reports on its standard output, one JSON object a line:
 
 ``train``    a fixed number of steps, each of which fills and frees 40 MiB
@@ -24,8 +24,10 @@ import sys
 import time
 from typing import Any
 
+from tests.benchmarks.clients import CLIENTS
+
 OUT = sys.stdout
-ARMS = ("plain", "memtrack", "mlflow")
+ARMS = ("plain", "memtrack", "own")
 MIB = 1 << 20
 DATA_MIB = 300
 STEP_MIB = 40
@@ -125,18 +127,17 @@ def hold_lock(np: Any, count: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("tracker", choices=CLIENTS)
     parser.add_argument("arm", choices=ARMS)
-    parser.add_argument("--tracking-uri", required=True)
+    parser.add_argument("address")
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
     length = Length(arguments.quick)
-    sys.stdout = sys.stderr  # MLflow prints where the run can be seen
+    sys.stdout = sys.stderr  # trackers print where the run can be seen
 
-    import mlflow
     import numpy as np
 
-    mlflow.set_tracking_uri(arguments.tracking_uri)
-    mlflow.set_experiment("overhead")
+    client = CLIENTS[arguments.tracker](arguments.arm, arguments.address)
     recording = ""
     mark: Any = lambda number: None  # noqa: E731
     began = time.perf_counter()
@@ -145,21 +146,12 @@ def main() -> None:
 
         recording = memtrack.autolog().path
         mark = memtrack.step
-    elif arguments.arm == "mlflow":
-        mlflow.set_system_metrics_sampling_interval(1)
-        mlflow.set_system_metrics_samples_before_logging(1)
     called = time.perf_counter()
-    run = mlflow.start_run(log_system_metrics=arguments.arm == "mlflow")
+    run_id = client.start()
     started = time.perf_counter()
-    say(
-        "started",
-        run_id=run.info.run_id,
-        recording=recording,
-        call_s=called - began,
-        start_s=started - began,
-    )
+    say("started", run_id=run_id, recording=recording, call_s=called - began, start_s=started - began)
 
-    training = Training(np, lambda loss, step: mlflow.log_metric("loss", loss, step=step), mark)
+    training = Training(np, client.log, mark)
     # the first steps warm up the client, the allocator, and the agent
     training.step_until(time.monotonic() + 2.0)
     say("train_begin")
@@ -173,7 +165,7 @@ def main() -> None:
     sys.stdin.readline()
 
     ending = time.perf_counter()
-    mlflow.end_run()
+    client.end()
     say("ended", end_s=time.perf_counter() - ending)
 
 
