@@ -7,7 +7,7 @@ same round; the medians of the rounds are shown. MLflow's runs go to a server on
 are offline. Below that stand the costs of single calls, and what selective logging leaves out. Memory is exact; times
 are those of this machine, and noisy where it has other work: compare ratios.
 
-A round takes some four minutes a tracker, all else two; --quick is one short round. Linux only.
+A round takes three to four minutes a tracker, all else two; --quick is one short round. Linux only.
 """
 
 from __future__ import annotations
