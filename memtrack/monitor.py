@@ -121,6 +121,9 @@ class Monitor:
             self._handover.put({})
             try:
                 self._marks, self._reader, self._agent = self._begin()
+            except MemoryError:
+                self._handover.close()
+                raise RecordingError("cannot make a recording: Cannot allocate memory. See: ulimit -v") from None
             except BaseException:
                 self._handover.close()
                 raise
@@ -280,10 +283,7 @@ class Monitor:
             else:
                 self._is_adopted = True
                 return parts
-        try:
-            self.path = self._create_recording(fields)
-        except MemoryError:
-            raise RecordingError("cannot make a recording: Cannot allocate memory. See: ulimit -v") from None
+        self.path = self._create_recording(fields)
         try:
             return self._launch()
         except BaseException as exc:

@@ -194,7 +194,13 @@ def command(folder, code, prefix):
     folder.mkdir(parents=True)
     (folder / "train.py").write_text(code)
     kept = {name: value for name, value in os.environ.items() if not name.startswith("MEMTRACK_")}
-    environment = {**kept, "PYTHONPATH": str(ROOT), "MEMTRACK_DIR": str(folder), "NO_COLOR": "1"}
+    environment = {
+        **kept,
+        "PYTHONPATH": str(ROOT),
+        "MEMTRACK_DIR": str(folder),
+        "MEMTRACK_SELECTIVE": "0",
+        "NO_COLOR": "1",
+    }
     return subprocess.Popen(
         [*prefix, sys.executable, "-S", "train.py"],
         cwd=folder,
@@ -348,7 +354,12 @@ LOOP = "for number in range(100, 2000):\n    memtrack.step(number)\n    time.sle
 def test_notebook(tmp_path, fault):
     """Interrupting a cell is the cell's affair; restarting the kernel, politely or not, ends one recording well."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("MEMTRACK_")}
-    environment = {**kept, "PYTHONPATH": str(ROOT), "MEMTRACK_DIR": str(tmp_path / "recordings")}
+    environment = {
+        **kept,
+        "PYTHONPATH": str(ROOT),
+        "MEMTRACK_DIR": str(tmp_path / "recordings"),
+        "MEMTRACK_SELECTIVE": "0",
+    }
     books = [Notebook(tmp_path, {**environment, "MEMTRACK_DISABLE": off}) for off in ("", "1")]
     try:
         book, plain = books
