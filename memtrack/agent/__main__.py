@@ -19,8 +19,22 @@ def _detach() -> None:
     os.closerange(4, 1 << 20)
 
 
+def _outlive() -> None:
+    """Be no victim of the kernel's, where it lets us say so (CAP_SYS_RESOURCE).
+
+    Some milliseconds after it has killed the training process, whose memory is still on its way back, a single page
+    for the agent may be one too many in their cgroup: the next to be killed is the only one left, which is the agent.
+    """
+    try:
+        with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
+            file.write("-1000")
+    except OSError:
+        pass
+
+
 if __name__ == "__main__":
     _detach()
+    _outlive()
     sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
     from memtrack.agent.loop import main
 

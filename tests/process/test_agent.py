@@ -87,6 +87,17 @@ def test_agent_is_no_child(tools):
     os.close(read_fd)
 
 
+def test_out_of_memory_takes_others_first(tools):
+    """Where it may, the agent asks not to be killed: the kernel would, in the milliseconds after its first victim."""
+    with memtrack.start() as monitor:
+        agent = tools.agent_of(monitor.path)
+        own = Path("/proc/self/oom_score_adj").read_text()
+        capabilities = int(tools.status(agent, "CapEff"), 16)
+        expected = "-1000\n" if capabilities >> 24 & 1 else own  # CAP_SYS_RESOURCE
+        tools.wait_until(lambda: Path(f"/proc/{agent}/oom_score_adj").read_text() == expected)
+        assert Path("/proc/self/oom_score_adj").read_text() == own
+
+
 def test_waiting_for_any_child_is_not_disturbed(run_child):
     """A program that waits for all its children sees its own, and nothing else."""
     child = run_child("""
