@@ -3,6 +3,8 @@
 A name is ``memory/<scope>/<quantity>_<unit>``. MiB is 2**20 bytes. Values are kept in the metric's own unit everywhere
 (a byte count divided by a power of two is exact in a float), so nothing is converted between collector and chart.
 
+What there are several of (workers, GPUs) stands in ``PATTERNS``, with ``{}`` for the number.
+
 A metric with a peak twin is shown as two series: the mean of each window under its own name, and the maximum of the
 window under ``peak_name(name)``.
 
@@ -41,6 +43,11 @@ HOST_AVAILABLE = "memory/host/available_mib"
 HOST_PRESSURE = "memory/host/pressure_some_pct"
 HOST_SWAP = "memory/host/swap_mib"
 HOST_DEV_SHM = "memory/host/dev_shm_mib"
+
+GPU_USED = "memory/gpu{}/used_mib"
+GPU_PROCESS_USED = "memory/gpu{}/process_used_mib"
+GPU_RESERVED = "memory/gpu{}/reserved_mib"
+GPU_TOTAL = "memory/gpu{}/total_mib"
 
 SELF_AGENT_RSS = "memory/self/agent_rss_mib"
 SELF_CPU = "memory/self/cpu_pct"
@@ -128,7 +135,37 @@ TABLE: tuple[Metric, ...] = (
     Metric(SELF_UNDELIVERED, "1", "windows that wait for the tracker that is furthest behind"),
 )
 
-BY_NAME: dict[str, Metric] = {metric.name: metric for metric in TABLE}
+PATTERNS: tuple[Metric, ...] = (
+    Metric(WORKER_RSS, "MiB", "resident memory of a descendant: N is 0 to 7, or `rest` for all others"),
+    Metric(
+        GPU_USED,
+        "MiB",
+        "memory in use on NVIDIA GPU N, as the training process counts, by whomever",
+        default=True,
+        peak=True,
+        otel="hw.gpu.memory.usage",
+    ),
+    Metric(GPU_PROCESS_USED, "MiB", "of that, by the training process and its descendants, every 10 s", default=True),
+    Metric(GPU_RESERVED, "MiB", "set aside by driver and firmware; not in the recording unless asked for"),
+    Metric(
+        GPU_TOTAL, "MiB", "memory of GPU N in all; not in the recording unless asked for", otel="hw.gpu.memory.limit"
+    ),
+)
+
+BY_NAME: dict[str, Metric] = {metric.name: metric for metric in (*TABLE, *PATTERNS)}
+
+
+def find(name: str) -> Metric | None:
+    """The metric that ``name`` is a series of; None for gauges: ``memory/gpu0/used_mib`` is of ``GPU_USED``."""
+    known = BY_NAME.get(name)
+    if known is None:
+        parts = name.split("/")
+        if len(parts) == 4 and parts[1] == "worker":
+            parts[2] = "{}"
+        elif len(parts) == 3 and parts[1].startswith("gpu") and parts[1][3:].isdecimal():
+            parts[1] = "gpu{}"
+        known = BY_NAME.get("/".join(parts))
+    return known
 
 
 def peak_name(name: str) -> str:
@@ -138,8 +175,8 @@ def peak_name(name: str) -> str:
 
 
 def unit_of(name: str) -> str:
-    """The unit that a name carries, also for names outside the table (gauges, workers)."""
-    known = BY_NAME.get(name)
+    """The unit that a name carries, also for names outside the table (gauges)."""
+    known = find(name)
     if known is not None:
         return known.unit
     suffix = name.rpartition("_")[2]
@@ -148,7 +185,7 @@ def unit_of(name: str) -> str:
 
 def has_peak(name: str) -> bool:
     """Whether the series has a ``_peak_`` twin."""
-    known = BY_NAME.get(name)
+    known = find(name)
     return known is not None and known.peak
 
 
@@ -156,11 +193,10 @@ def selected(name: str, choice: str | Iterable[str]) -> bool:
     """Whether ``name`` is charted under ``choice``: ``"default"``, ``"all"``, or names and prefixes of names.
 
     Gauges that the user or a framework integration writes are wanted by definition; they are not in the table.
-    Workers are charted on request.
     """
     if choice == "all":
         return True
     if choice == "default":
-        known = BY_NAME.get(name)
-        return known.default if known is not None else not name.startswith("memory/worker/")
+        known = find(name)
+        return known is None or known.default
     return any(name == wanted or name.startswith(wanted.rstrip("/") + "/") for wanted in choice)

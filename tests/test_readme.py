@@ -24,8 +24,9 @@ def rows(after: str) -> list[list[str]]:
 def test_metrics_table_is_the_code_s():
     """Each metric stands there with its peak twin, whether it is charted by default, and its meaning."""
     expected = []
-    for metric in metrics.TABLE:
-        name = f"`{metric.name}`" + (f", `{metrics.peak_name(metric.name).rpartition('/')[2]}`" if metric.peak else "")
+    for metric in (*metrics.TABLE, *metrics.PATTERNS):
+        name = metric.name.format("N")
+        name = f"`{name}`" + (f", `{metrics.peak_name(name).rpartition('/')[2]}`" if metric.peak else "")
         expected.append([name, "yes" if metric.default else "", metric.meaning])
     assert rows("## What is measured") == expected
 

@@ -12,9 +12,6 @@ import os
 MAX_RECORDS = 1 << 16
 """Records that are read at once at most; a log of 16 MiB has about so many, and reading them takes 0.1 s."""
 
-INITIAL_PID_NAMESPACE = "pid:[4026531836]"
-"""Only in this one are pids what the kernel log calls them (``PROC_PID_INIT_INO``)."""
-
 
 class Kill:
     """One process that the OOM killer has killed, with the figures of the log in MiB."""
@@ -126,11 +123,3 @@ class Parser:
 def _mib(label: bytes, text: bytes) -> float:
     number = text.partition(label)[2].partition(b"kB")[0]
     return int(number) / 1024.0 if number.isdigit() else 0.0
-
-
-def pids_are_true(proc: str = "/proc") -> bool:
-    """Whether the pids of the kernel log are those that this process sees."""
-    try:
-        return os.readlink(f"{proc}/self/ns/pid") == INITIAL_PID_NAMESPACE
-    except OSError:
-        return False

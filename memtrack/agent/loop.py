@@ -55,7 +55,10 @@ class Agent:
         own = OwnCollector(process_time_ns, self._counters)
         now_ns = monotonic_ns()
         self._budget = Budget(float(fields["cpu_budget_pct"]) / 100.0, now_ns, 0)
-        found, sight = collectors.build(self._pid, exclude=os.getpid())
+        # the agent's own environment is that of the process that started it, with what the program has changed so far
+        environ = os.environ if fields.get("own") == "1" else None
+        choice = fields.get("metrics", "default")
+        found, sight = collectors.build(self._pid, exclude=os.getpid(), environ=environ, choice=choice)
         self._limit_source = sight.limit_source
         self._witness = Witness(self._writer, self._pid, self._start_ticks, self._pid_fd, sight, now_ns)
         self._sampler = Sampler(

@@ -11,10 +11,11 @@ import os
 
 from memtrack import metrics
 from memtrack.agent import exit_status
-from memtrack.agent.kernel_log import KernelLog, pids_are_true
+from memtrack.agent.kernel_log import KernelLog
 from memtrack.agent.neighbours import has_sigkill, name_of, nanny_of
 from memtrack.agent.trial import hear
 from memtrack.collectors.oom import KillCounters, oomd_kills
+from memtrack.collectors.procfs import pids_are_true
 from memtrack.recording.records import Verdict
 
 TYPE_CHECKING = False
@@ -98,6 +99,7 @@ class Witness:
         self._who = (pid, start_ticks, pid_fd)
         self._proc = proc
         self._sight = sight
+        self._gpu_news = [] if sight.gpus is None else sight.gpus.news
         self._samples: list[Sampled | None] = [None] * SAMPLES
         self._count = 0
         self._look_due_ns = now_ns
@@ -127,6 +129,8 @@ class Witness:
         count = self._count
         self._samples[count % SAMPLES] = (now_ns, get(_RSS), get(_USAGE), get(_HEADROOM))
         self._count = count + 1
+        while self._gpu_news:
+            self._writer.event("gpu", now_ns, text=self._gpu_news.pop(0))
         if now_ns >= self._look_due_ns:
             self._look_due_ns = now_ns + LOOK_NS
             headroom_pct = get(_HEADROOM)

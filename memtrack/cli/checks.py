@@ -33,6 +33,9 @@ EXTRAS = {
 }
 """What each extra brings, by name of the distribution."""
 
+GPU_PATIENCE_S = 5.0
+"""A driver that nobody uses takes a second or two for each device to wake up."""
+
 _PIDFD_GET_INFO = 0xC040FF0B
 """``_IOWR(0xFF, 11, struct pidfd_info)`` with the 64 bytes that the struct had when it came, in Linux 6.13."""
 _PIDFD_INFO_EXIT = 1 << 3
@@ -52,7 +55,7 @@ def all_checks(directory: str | None = None) -> Iterator[Check]:
     yield Check("Python", OK, f"{platform.python_version()} {platform.python_implementation()}, {sys.executable}")
     if sys.platform == "linux":
         yield Check("kernel", OK, f"Linux {platform.release()} {platform.machine()}")
-        for look in (proc, pss, pressure, cgroup, limit, ptrace, pidfd):
+        for look in (proc, pss, pressure, cgroup, limit, ptrace, pidfd, gpu):
             yield _safely(look)
     else:
         yield Check("system", NOTE, f"{platform.system()}: read through psutil, without containers, PSS and pressure")
@@ -172,6 +175,48 @@ def pidfd() -> Check:
     if has_status:
         return Check("exit watch", OK, "pidfd, and exit statuses by PIDFD_GET_INFO")
     return Check("exit watch", OK, "pidfd; no exit statuses by PIDFD_GET_INFO (Linux 6.15): only memtrack run has them")
+
+
+def gpu() -> Check:
+    """NVIDIA's driver, and its devices as a process counts them that is started here."""
+    from memtrack.collectors import has_nvidia
+
+    if not has_nvidia():
+        return Check("GPU", NOTE, "no NVIDIA driver (/dev/nvidiactl, /proc/driver/nvidia): no memory/gpuN metrics")
+    from memtrack.collectors.nvml import Caller
+
+    found: list[Check] = []
+    if not Caller().do(lambda: found.append(_safely(_gpus)), GPU_PATIENCE_S):
+        return Check(
+            "GPU", NOTE, f"NVIDIA's driver has not answered for {GPU_PATIENCE_S:.0f} s: no memory/gpuN metrics"
+        )
+    return found[0]
+
+
+def _gpus() -> Check:
+    from memtrack.collectors.cuda_devices import all_devices, visible
+    from memtrack.collectors.nvml_library import NvmlError, NvmlLibrary
+
+    try:
+        nvml = NvmlLibrary()
+        devices = all_devices(nvml)
+        models = {nvml.name(device.handle) for device in devices if device.handle is not None}
+        words = []
+        for number, device in enumerate(visible(devices, os.environ)):
+            try:
+                total = size(nvml.memory(device.handle)[1] / MIB) if device.handle is not None else "cannot be opened"
+            except NvmlError as exc:
+                total = f"without figures ({exc})"
+            model = nvml.name(device.handle) if device.handle is not None else "of unknown model"
+            words.append(f"gpu{number} {model} {total} {device.uuid[:12]}".rstrip())
+        text = f"NVIDIA driver {nvml.driver_version()}: {', '.join(words) or 'no device is visible'}"
+        nvml.close()
+    except NvmlError as exc:
+        return Check("GPU", NOTE, f"NVIDIA driver, but no NVML ({exc}): no memory/gpuN metrics")
+    if len(models) > 1 and os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
+        text += ". CUDA may number different models otherwise: set CUDA_DEVICE_ORDER=PCI_BUS_ID"
+        return Check("GPU", NOTE, text)
+    return Check("GPU", OK, text)
 
 
 def recordings(settings: Settings) -> Check:

@@ -19,7 +19,7 @@ def doctor(
 
     from memtrack.cli import checks
     from memtrack.cli.console import stdout
-    from memtrack.metrics import TABLE, peak_name
+    from memtrack.metrics import PATTERNS, TABLE, peak_name
 
     console = stdout()
     styles = {checks.OK: "green", checks.NOTE: "yellow", checks.BAD: "red"}
@@ -35,10 +35,11 @@ def doctor(
         metrics = Table(box=None, pad_edge=False, title="\nWhat is recorded", title_justify="left")
         for header in ("metric", "unit", "charted", "meaning"):
             metrics.add_column(header, no_wrap=header == "metric")
-        for metric in TABLE:
-            metrics.add_row(metric.name, metric.unit, "default" if metric.default else "on request", metric.meaning)
+        for metric in (*TABLE, *PATTERNS):
+            name = metric.name.format("N")
+            metrics.add_row(name, metric.unit, "default" if metric.default else "on request", metric.meaning)
             if metric.peak:
-                metrics.add_row(peak_name(metric.name), metric.unit, "default", "its highest value in each window")
+                metrics.add_row(peak_name(name), metric.unit, "default", "its highest value in each window")
         console.print(metrics)
     if any(check.state == checks.BAD for check in found):
         console.print("\n[red]memtrack cannot monitor here.[/]")

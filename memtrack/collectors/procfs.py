@@ -13,6 +13,9 @@ from memtrack.metrics import MIB
 PAGE_MIB = (os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096) / MIB
 """Size of a page, in which ``statm`` counts."""
 
+INITIAL_PID_NAMESPACE = "pid:[4026531836]"
+"""Only in this one are pids what the kernel log and drivers call them (``PROC_PID_INIT_INO``)."""
+
 
 class HeldFile:
     """One small text file, opened once. ``read`` raises OSError if it has gone; not thread-safe."""
@@ -61,6 +64,14 @@ def start_ticks(pid: int, proc: str = "/proc") -> int:
     with open(f"{proc}/{pid}/stat", "rb") as file:
         text = file.read()
     return int(text[text.rindex(b")") + 2 :].split()[19])
+
+
+def pids_are_true(proc: str = "/proc") -> bool:
+    """Whether the pids of the kernel log and of drivers are those that this process sees."""
+    try:
+        return os.readlink(f"{proc}/self/ns/pid") == INITIAL_PID_NAMESPACE
+    except OSError:
+        return False
 
 
 def program_name(pid: int, proc: str = "/proc") -> str:

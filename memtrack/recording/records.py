@@ -45,6 +45,7 @@ EVENT_KINDS = (
     "error",
     "limit_changed",
     "oom_kill",
+    "gpu",
 )
 
 

@@ -34,7 +34,14 @@ SPARK_WIDTH = 20
 MAX_EVENTS = 20
 MAX_FRAMES = 12
 STATE_STYLES = {"running": "green", "starting": "green", "lost its agent": "yellow"}
-EVENT_STYLES = {"error": "red", "oom_kill": "red", "limit_near": "yellow", "limit_changed": "yellow", "gap": "yellow"}
+EVENT_STYLES = {
+    "error": "red",
+    "oom_kill": "red",
+    "limit_near": "yellow",
+    "limit_changed": "yellow",
+    "gap": "yellow",
+    "gpu": "yellow",
+}
 
 
 def show(report: Report, console: Console) -> None:

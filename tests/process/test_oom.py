@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from memtrack.agent.kernel_log import KernelLog, pids_are_true
+from memtrack.agent.kernel_log import KernelLog
+from memtrack.collectors.procfs import pids_are_true
 from memtrack.recording import layout
 from memtrack.recording.reader import RecordingReader
 from tests.cgroup_lab import make_group

@@ -275,7 +275,18 @@ def test_doctor_says_what_works(invoke, tmp_path):
     """Status 0 where monitoring works, with the limit, the agent, the folder and the legend of the metrics."""
     done = invoke("doctor")
     assert done.exit_code == 0, done.output
-    for word in ("kernel", "limit", "agent", "samples", str(tmp_path), "extras", metrics.RSS, "default"):
+    for word in (
+        "kernel",
+        "limit",
+        "GPU",
+        "memory/gpuN/used_peak_mib",
+        "agent",
+        "samples",
+        str(tmp_path),
+        "extras",
+        metrics.RSS,
+        "default",
+    ):
         assert word in done.output
     assert os.listdir(tmp_path) == [], "it leaves nothing behind"
 

@@ -15,11 +15,12 @@ import pytest
 from memtrack import metrics
 from memtrack.agent import exit_status, neighbours
 from memtrack.agent.evidence import Case
-from memtrack.agent.kernel_log import INITIAL_PID_NAMESPACE, KernelLog, Kill, Parser
+from memtrack.agent.kernel_log import KernelLog, Kill, Parser
 from memtrack.agent.witness import SAMPLES, Witness
 from memtrack.collectors import Sight
 from memtrack.collectors.cgroup import LimitWatch
 from memtrack.collectors.oom import KillCounters
+from memtrack.collectors.procfs import INITIAL_PID_NAMESPACE
 from memtrack.collectors.tree import TreeCollector
 from memtrack.recording.reader import RecordingReader
 from memtrack.recording.writer import RecordingWriter
