@@ -54,7 +54,7 @@ def test_a_run(mlflow_server, train):
     assert windows >= 14 * 80
     assert sent <= 0.35 * windows
     peaks = [value for _, _, value in mlflow_server.series(run_id)[metrics.peak_name(metrics.RSS)]]
-    assert max(peaks) == max(row.cells[metrics.RSS].max for row in rows(done.recording))
+    assert max(peaks) == max(row.cells[metrics.RSS].max for row in rows(done.recording) if metrics.RSS in row.cells)
     assert max(peaks) >= min(peaks) + 280
 
 
