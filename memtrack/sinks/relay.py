@@ -220,10 +220,12 @@ class Relay:
         try:
             if ending:
                 self._await_cut(feed)
+            # asked before: what is finished while this is being sent is not among it
+            wants_all = ending or feed.is_flushed
             delivery.send()
-            if ending or feed.is_flushed:
-                feed.is_flushed = False
+            if wants_all:
                 delivery.send_rest()
+                feed.is_flushed = False
             if ending:
                 delivery.finish(self._figures(feed.record.start_ns, feed.end_ns))
                 feed.done.set()

@@ -185,7 +185,7 @@ class _Until:
         return (row for row in self._reader.windows(first) if row.last < self._end)
 
 
-def test_flush_and_end(make_recording):
+def test_flush_and_end(make_recording, notices):
     """A flush brings charts up to date and goes on from there; so does the end of a feed."""
     path = make_recording(4 << 20)
     fill(path, count=100)
@@ -204,7 +204,18 @@ def test_flush_and_end(make_recording):
     assert relay.flush(5.0)
     assert series(sink)[-1] == full()[99]
     check_chart(series(sink), full(100))
-    fill(path, first=100)
+    write = sink.write
+
+    def fail_for_the_rest(batch):
+        if not batch.windows:
+            raise DeliveryError("down")
+        write(batch)
+
+    sink.write = fail_for_the_rest
+    fill(path, first=100, count=1)
+    assert not relay.flush(0.3), "what is held back has not arrived"
+    sink.write = write
+    fill(path, first=101, count=WINDOWS - 1)
     assert relay.end(feed, (WINDOWS + 100) * SECOND_NS, 0, 5.0)
     check_chart(series(sink), full(WINDOWS + 100))
     assert len(sink.points) < WINDOWS / 2
