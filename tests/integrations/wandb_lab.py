@@ -172,30 +172,36 @@ def in_folder(train, folder):
 # -- W&B's terminal UI --------------------------------------------------------------------------------------------
 
 
-def draw(path, *, rows=56, columns=200, until="Process Memory (B)", timeout=30.0):
-    """What ``wandb leet run`` shows on a terminal, as lines of text, once ``until`` is there and nothing changes."""
+def screen_of(path, *, rows, columns, until, timeout=30.0, **environment):
+    """The terminal, as pyte has it, on which ``wandb leet run`` shows a run, once ``until`` is there and nothing
+    changes."""
     pyte = pytest.importorskip("pyte")
     screen = pyte.Screen(columns, rows)
     stream = pyte.ByteStream(screen)
     pid, fd = pty.fork()
     if pid == 0:
-        os.environ["TERM"] = "xterm-256color"
+        os.environ.update(TERM="xterm-256color", **environment)
         os.execv(WANDB, [WANDB, "leet", "run", str(path)])
     try:
         fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
-            if not select.select([fd], [], [], 0.7)[0]:
+            if not select.select([fd], [], [], 1.0)[0]:
                 if any(until in line for line in screen.display):
                     break
                 continue
             # what a terminal is asked, and some modes, are more than the emulator understands
             stream.feed(re.sub(rb"\x1b\[[<>=?][0-9;]*[$a-zA-Z]p?|\x1bP.*?\x1b\\", b"", os.read(fd, 1 << 16)))
-        return [line.rstrip() for line in screen.display]
     finally:
         os.kill(pid, 9)
         os.waitpid(pid, 0)
         os.close(fd)
+    return screen
+
+
+def draw(path, *, rows=56, columns=200, until="Process Memory (B)"):
+    """What ``wandb leet run`` shows, as lines of text; see ``screen_of``."""
+    return [line.rstrip() for line in screen_of(path, rows=rows, columns=columns, until=until).display]
 
 
 def chart(lines, title):

@@ -8,23 +8,15 @@ the points of the process and its workers (W&B's own process is one) that is a b
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import pty
 import re
-import select
-import signal
-import struct
 import sys
 import tempfile
-import termios
-import time
 from pathlib import Path
 from typing import Any
 
 from tests.integrations.mlflow_lab import scripts
-from tests.integrations.wandb_lab import WANDB, folders, in_folder, read_run
+from tests.integrations.wandb_lab import folders, in_folder, read_run, screen_of
 
 ROWS, COLUMNS = 34, 140
 TITLE = "Process Memory (B)"
@@ -81,31 +73,11 @@ def record(folder: Path, seconds: float) -> tuple[Path, Any]:
 
 def show(path: Path, settings: Path) -> Any:
     """The screen of a terminal in which W&B shows a run, once nothing changes any more. ``settings`` is a folder."""
-    import pyte
 
     settings.mkdir()
     (settings / "wandb-leet.json").write_text(json.dumps(LAYOUT))
-    screen = pyte.Screen(COLUMNS, ROWS)
-    stream = pyte.ByteStream(screen)
-    pid, fd = pty.fork()
-    if pid == 0:
-        os.environ.update(TERM="xterm-256color", COLORTERM="truecolor", WANDB_CONFIG_DIR=str(settings))
-        os.execv(WANDB, [WANDB, "leet", "run", str(path)])
-    try:
-        fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
-        deadline = time.monotonic() + 30.0
-        while time.monotonic() < deadline:
-            if not select.select([fd], [], [], 1.0)[0]:
-                if any(TITLE in line for line in screen.display):
-                    break
-                continue
-            # what a terminal is asked, and some modes, are more than the emulator understands
-            stream.feed(re.sub(rb"\x1b\[[<>=?][0-9;]*[$a-zA-Z]p?|\x1bP.*?\x1b\\", b"", os.read(fd, 1 << 16)))
-    finally:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        os.close(fd)
-    return screen
+    colours = {"COLORTERM": "truecolor", "WANDB_CONFIG_DIR": str(settings)}
+    return screen_of(path, rows=ROWS, columns=COLUMNS, until=TITLE, **colours)
 
 
 # -- the screen as a picture ----------------------------------------------------------------------------------------

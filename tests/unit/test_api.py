@@ -112,7 +112,7 @@ def test_exceptions_pass_through_a_phase(marked):
 def test_phase_as_a_decorator(marked):
     """Each call is in the phase; name, result, arguments and recursion are those of the function."""
 
-    @memtrack.phase("work")
+    @memtrack.phase("fit")
     def factorial(number: int, *, seen: list) -> int:
         """Multiplies."""
         seen.append(phase_of(marked))
@@ -120,7 +120,7 @@ def test_phase_as_a_decorator(marked):
 
     seen: list = []
     assert factorial(3, seen=seen) == 6
-    assert seen == ["work", "work/work", "work/work/work"]
+    assert seen == ["fit", "fit/fit", "fit/fit/fit"]
     assert (factorial.__name__, factorial.__doc__) == ("factorial", "Multiplies.")
     assert phase_of(marked) == ""
 
