@@ -1,4 +1,4 @@
-"""``memtrack.autolog()``: monitor this process, and feed every run that a tracker starts in it."""
+"""``memtrack.autolog()``: monitor this process, feed every run that a tracker starts in it, mark steps and phases."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from memtrack.notices import warn_once
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+    from typing import Any
 
     from memtrack.config import Duration, Settings, Size
     from memtrack.monitor import Attached
@@ -31,6 +32,7 @@ _is_unasked = False
 def autolog(
     *,
     trackers: Iterable[str] | None = None,
+    frameworks: Iterable[str] | None = None,
     interval: Duration | None = None,
     flush_interval: Duration | None = None,
     recording_size: Size | None = None,
@@ -45,14 +47,19 @@ def autolog(
     keep_days: float | None = None,
     disable: bool = False,
 ) -> Monitor:
-    """Monitor this process from now on, and send the charts to each run that MLflow starts, until that run ends.
+    """Monitor this process from now on, and send the charts to each run that a tracker starts, until that run ends.
 
-    May be called before or after the tracker is imported or its run started, and twice. Returns the monitor, whose
-    ``summary()`` tells how it went.
+    Trainings with Lightning, Keras and Hugging Face's Trainer get memtrack's callback, unless they have it already:
+    it marks steps, epochs and phases, and adds the peak of the steps to what they log. In a plain PyTorch loop the
+    optimizer's steps are marked, unless the program marks steps itself.
+
+    May be called before or after the tracker is imported or its run started, and twice; before a framework's trainer
+    is made. Returns the monitor, whose ``summary()`` tells how it went.
 
     Args:
         trackers: Which trackers to follow; default all that are there. One that is named must be installed.
-        disable: Take it all back: the trackers' functions are the originals again, the monitor is stopped.
+        frameworks: Which frameworks' trainings get a callback; default all that are there, ``[]`` for none.
+        disable: Take it all back: trackers and frameworks are as they were, the monitor is stopped.
         interval, flush_interval, recording_size, directory, metrics, selective, cpu_budget, tick, stacks, end_run,
             keep, keep_days: see :func:`memtrack.start`.
 
@@ -85,17 +92,14 @@ def autolog(
     if _is_unasked:
         _take_back()
     _forget_imports()
-    if isinstance(trackers, str):
-        trackers = [trackers]
     _settings = settings
-    for tracker in registry.AUTOLOG if trackers is None else list(trackers):
-        if tracker not in _undo:
-            _follow(tracker, asked_for=trackers is not None)
+    _follow_all(trackers, registry.AUTOLOG, registry.load_autolog)
+    _follow_all(frameworks, registry.FRAMEWORKS, registry.load_framework)
     if _is_worker():
         from memtrack.disabled import DisabledMonitor
 
         return active.monitor or DisabledMonitor()
-    if not _undo and trackers is None:
+    if trackers is None and not any(tracker in _undo for tracker in registry.AUTOLOG):
         warn_once(
             "no tracker",
             "no tracker is installed (MLflow, Weights & Biases, Comet): memtrack only records locally, "
@@ -105,8 +109,9 @@ def autolog(
     return active.monitor or Monitor(settings)
 
 
-def follow_unasked(tracker: str) -> None:
-    """Follow a tracker that was just imported below ``memtrack run``; nothing starts before one of its runs does.
+def follow_unasked(name: str) -> None:
+    """Follow a tracker or framework that was just imported below ``memtrack run``; nothing starts before one of its
+    runs or trainings does.
 
     Raises SettingsError.
     """
@@ -116,46 +121,70 @@ def follow_unasked(tracker: str) -> None:
         if settings.disable:
             return
         _settings, _is_unasked = settings, True
-    if tracker not in _undo:
-        _follow_now(tracker)
+    if name not in _undo:
+        _follow_now(name)
 
 
-def _follow(tracker: str, *, asked_for: bool) -> None:
-    module = _module_of(tracker)
-    if tracker not in registry.AUTOLOG:
-        registry.load_autolog(tracker)  # says so
+def join(asked: dict[str, Any] | None) -> Monitor | None:
+    """The monitor of this process, for a training that begins: the one that is there, else one as ``autolog`` was told.
+
+    ``asked``: what the program itself has told a framework's callback, which then works as if it had called
+    ``autolog`` so; None for a callback that it did not ask for. None if nothing shall monitor. Raises as ``autolog``.
+    """
+    if active.monitor is None and asked is not None and (_settings is None or _is_unasked):
+        autolog(**asked)
+    if active.monitor is None and _settings is not None:
+        # a worker that has a training of its own, or a program below `memtrack run`
+        return Monitor(_settings, is_unasked=_is_unasked)
+    return active.monitor
+
+
+def _follow_all(names: Iterable[str] | None, known: Iterable[str], load: Callable[[str], object]) -> None:
+    for name in known if names is None else [names] if isinstance(names, str) else list(names):
+        if name not in known:
+            load(name)  # says so
+        if name not in _undo:
+            _follow(name, asked_for=names is not None)
+
+
+def _follow(name: str, *, asked_for: bool) -> None:
+    module = _module_of(name)
     if module in sys.modules:
         # which waits, should another thread be importing it right now
         import_module(module)
         if not getattr(sys.modules[module].__spec__, "_initializing", False):
-            _follow_now(tracker)
+            _follow_now(name)
         else:
-            warn_once(f"autolog {tracker}", f"memtrack.autolog() does not follow {tracker} from within its import.")
-    elif find_spec(module) is not None:
+            warn_once(f"autolog {name}", f"memtrack.autolog() does not follow {name} from within its import.")
+    elif find_spec(module.partition(".")[0]) is not None:  # of a submodule it would import the package
         # most programs import one, and what follows the others need not be held in memory
-        _undo[tracker] = functools.partial(imports.forget, module)
-        imports.when_imported(module, functools.partial(_follow_now, tracker))
+        _undo[name] = functools.partial(imports.forget, module)
+        imports.when_imported(module, functools.partial(_follow_now, name))
     elif asked_for:
-        raise MissingDependencyError(f"following the runs of {tracker!r}", registry.AUTOLOG[tracker][1])
+        extra = (registry.AUTOLOG.get(name) or registry.FRAMEWORKS[name])[1]
+        raise MissingDependencyError(f"following {name!r}", extra)
 
 
-def _follow_now(tracker: str) -> None:
-    """The tracker has been imported, completely."""
+def _follow_now(name: str) -> None:
+    """The tracker or framework has been imported, completely."""
     try:
-        _undo[tracker] = registry.load_autolog(tracker)(attach)
+        if name in registry.AUTOLOG:
+            _undo[name] = registry.load_autolog(name)(attach)
+        else:
+            _undo[name] = registry.load_framework(name)()
     except Exception as exc:
-        warn_once(f"autolog {tracker}", f"memtrack does not follow the runs of {tracker} ({exc}).")
+        warn_once(f"autolog {name}", f"memtrack does not follow {name} ({type(exc).__name__}: {exc}).")
 
 
-def _module_of(tracker: str) -> str:
-    return registry.MODULES.get(tracker, tracker)
+def _module_of(name: str) -> str:
+    return registry.MODULES.get(name, name)
 
 
 def _forget_imports() -> None:
-    """Wait no more for trackers that the program has not asked for."""
-    for tracker in registry.AUTOLOG:
-        if tracker not in _undo:
-            imports.forget(_module_of(tracker))
+    """Wait no more for what the program has not asked for."""
+    for name in (*registry.AUTOLOG, *registry.FRAMEWORKS):
+        if name not in _undo:
+            imports.forget(_module_of(name))
 
 
 def attach(make_sink: Callable[[], Sink]) -> Attached | None:

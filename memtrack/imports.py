@@ -65,7 +65,7 @@ _watcher = _Watcher()
 
 
 def when_imported(name: str, call: Call) -> None:
-    """Call ``call`` once, right after the top-level module ``name`` was imported. It must not raise."""
+    """Call ``call`` once, right after the module ``name`` was imported. It must not raise."""
     _watcher.waiting[name] = call
     if _watcher not in sys.meta_path:
         sys.meta_path.insert(0, _watcher)

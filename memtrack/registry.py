@@ -29,8 +29,22 @@ AUTOLOG = {
 }
 """Name of a tracker -> (module:function that follows its runs, extra)."""
 
-MODULES = {"comet": "comet_ml"}
-"""What to import of a tracker whose module has another name."""
+FRAMEWORKS = {
+    "keras": ("memtrack_keras:autolog", "keras"),
+    "lightning": ("memtrack_lightning:autolog", "lightning"),
+    "pytorch_lightning": ("memtrack_lightning:autolog", "lightning"),
+    "torch": ("memtrack_pytorch:autolog", "torch"),
+    "transformers": ("memtrack_huggingface:autolog", "huggingface"),
+}
+"""Name of a framework -> (module:function that gives its trainings a callback and returns what takes it back, extra)."""
+
+MODULES = {
+    "comet": "comet_ml",
+    "lightning": "lightning.pytorch",
+    "torch": "torch.optim.optimizer",
+    "transformers": "transformers.trainer",
+}
+"""What is imported when a tracker or framework is really used, where that is another module than its name."""
 
 
 def sink_names() -> list[str]:
@@ -54,6 +68,13 @@ def load_autolog(tracker: str) -> Callable[..., Any]:
     if tracker not in AUTOLOG:
         raise SettingsError("trackers", tracker, f"no such tracker. There are: {', '.join(sorted(AUTOLOG))}.")
     return _load(f"following the runs of {tracker!r}", *AUTOLOG[tracker])
+
+
+def load_framework(framework: str) -> Callable[..., Any]:
+    """What gives a framework's trainings a callback. Raises SettingsError or MissingDependencyError."""
+    if framework not in FRAMEWORKS:
+        raise SettingsError("frameworks", framework, f"no such framework. There are: {', '.join(sorted(FRAMEWORKS))}.")
+    return _load(f"a callback in {framework!r}", *FRAMEWORKS[framework])
 
 
 def _load(feature: str, target: str, extra: str) -> Callable[..., Any]:

@@ -137,7 +137,7 @@ class Agent:
 
     def _tick(self) -> None:
         now_ns = monotonic_ns()
-        if self._sampler.glance(now_ns):
+        if not self._writer.wants_peak and self._sampler.glance(now_ns):
             self._writer.beat(now_ns)
             return
         self._sampler.tick(now_ns, time_ns())

@@ -95,8 +95,9 @@ MAX_CELLS = (PAGE - LINE) // LINE
 MAX_DEPTH = 8
 
 # control words, counted in 8 bytes from CONTROL
-CUT, STOP, MARKS_WRITTEN, NAMES_WRITTEN, MARKS_REFUSED, EXITING, RELIEF = range(7)
-"""RELIEF is the pid of an agent that waits to take the place of the one that is there, and written by it."""
+CUT, STOP, MARKS_WRITTEN, MARKS_REFUSED, EXITING, RELIEF, PEAK = range(7)
+"""RELIEF is the pid of an agent that waits to take the place of the one that is there, and written by it. PEAK counts
+how often the trainer has asked for a new highest sample to be begun, see ``Pulse``."""
 
 # states of the agent
 STARTING, RUNNING, STOPPED, ENDED = range(4)
@@ -269,18 +270,21 @@ class Head:
 
 HEAD_BODY = _HEAD.size
 
-PULSE_BODY = struct.Struct("<qddd")
+PULSE_BODY = struct.Struct("<qdddqd")
 
 
 class Pulse:
-    """The last sample: its monotonic time, RSS and container usage in MiB, headroom in percent; NaN where unknown."""
+    """The last sample: its monotonic time, RSS and container usage in MiB, headroom in percent; NaN where unknown.
 
-    __slots__ = ("headroom_pct", "mono_ns", "rss_mib", "usage_mib")
+    ``peak_mib`` is the highest RSS that was sampled since the agent saw the trainer's request ``peak`` (word PEAK).
+    """
+
+    __slots__ = ("headroom_pct", "mono_ns", "peak", "peak_mib", "rss_mib", "usage_mib")
 
     def __init__(self, body: bytes | None = None) -> None:
         nan = float("nan")
-        fields = (0, nan, nan, nan) if body is None else PULSE_BODY.unpack_from(body)
-        self.mono_ns, self.rss_mib, self.usage_mib, self.headroom_pct = fields
+        fields = (0, nan, nan, nan, 0, nan) if body is None else PULSE_BODY.unpack_from(body)
+        self.mono_ns, self.rss_mib, self.usage_mib, self.headroom_pct, self.peak, self.peak_mib = fields
 
 
 # -- windows --------------------------------------------------------------------------------------------------------

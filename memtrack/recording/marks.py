@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _pack_now = NOW_BODY.pack
 _pack_mark = Struct(f"{MARK_BODY.format}{MARK_PATH.size}s").pack
 _pack_gauge = GAUGE_BODY.pack
+_unpack_pulse, _PULSE_SIZE = layout.PULSE_BODY.unpack, layout.PULSE_BODY.size
 
 # looking these up as attributes of a module takes as long as the rest of a mark
 _BEGIN, _END = layout.PHASE_BEGIN, layout.PHASE_END
@@ -29,10 +30,13 @@ _NOW = [(at // 8, slice(at + 8, at + 8 + NOW_BODY.size)) for at in (layout.NOW, 
 _CUT_WORD = layout.CONTROL // 8 + layout.CUT
 _EXITING_WORD = layout.CONTROL // 8 + layout.EXITING
 _QUIET_WORD = layout.QUIET // 8
+_PEAK_WORD = layout.CONTROL // 8 + layout.PEAK
+_PULSE_WORD = layout.PULSE // 8
 _STOP_WORD = layout.CONTROL // 8 + layout.STOP
 _WRITTEN_WORD = layout.CONTROL // 8 + layout.MARKS_WRITTEN
 _REFUSED_WORD = layout.CONTROL // 8 + layout.MARKS_REFUSED
 
+_NAN = float("nan")
 WAKE_NS = 50_000_000
 
 
@@ -189,10 +193,26 @@ class MarkWriter:
 
     def silence_ns(self) -> int:
         """How long ago the agent took its last sample; huge before the first one."""
-        part = self._bytes
-        turns = [(self._words[at // 8], at) for at in (layout.PULSE, layout.PULSE + layout.LINE)]
-        at = max(turns)[1] + 8
-        return monotonic_ns() - int.from_bytes(part[at : at + 8], "little")
+        at = self._pulse_at()
+        return monotonic_ns() - int.from_bytes(self._bytes[at : at + 8], "little")
+
+    def take_peak_mib(self) -> float:
+        """The highest RSS that the agent has sampled since the last call; NaN if it has not looked since.
+
+        What it sees from now on, or was not asked for yet, is for the next call. A microsecond.
+        """
+        words, at = self._words, self._pulse_at()
+        turn = words[at // 8 - 1]
+        *_, peak, peak_mib = _unpack_pulse(self._bytes[at : at + _PULSE_SIZE])
+        if turn == 0 or words[at // 8 - 1] != turn or peak != words[_PEAK_WORD]:
+            return _NAN
+        words[_PEAK_WORD] = peak + 1
+        return peak_mib  # type: ignore[no-any-return]
+
+    def _pulse_at(self) -> int:
+        """Where the body of the agent's newest pulse lies."""
+        first, second = self._words[_PULSE_WORD], self._words[_PULSE_WORD + layout.LINE // 8]
+        return layout.PULSE + 8 if first > second else layout.PULSE + layout.LINE + 8
 
     def say_farewell(self, fields: dict[str, str]) -> None:
         """Leave what Python knows of the end of the process, see ``records.pack_farewell``."""

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from memtrack.recording.records import Stack, Verdict
     from memtrack.sampling.window import Row
 
+_PEAK_WORD = layout.CONTROL // 8 + layout.PEAK
+
 
 def create(path: str, size: int, fields: dict[str, str]) -> None:
     """Make an empty recording of ``size`` bytes, mode 0600, all of it allocated.
@@ -79,6 +81,7 @@ class RecordingWriter:
         """The trainer's part, to be read."""
         self._turn = 0
         self._beat = 0
+        self._peak, self._peak_mib = 0, float("nan")
         self._events = 0
         self.metric_ids: dict[str, int] = {}
         self.merged = 0
@@ -137,14 +140,24 @@ class RecordingWriter:
         self._put(layout.HEAD + (self._turn & 1) * layout.HEAD_SLOT, self._turn, head.pack())
 
     def pulse(self, now_ns: int, rss_mib: float, usage_mib: float, headroom_pct: float) -> None:
-        """Leave the last sample."""
+        """Leave the last sample, and the highest since the trainer last asked for a new one."""
         self._beat += 1
-        body = layout.PULSE_BODY.pack(now_ns, rss_mib, usage_mib, headroom_pct)
+        asked = self._words[_PEAK_WORD]
+        if asked != self._peak:
+            self._peak, self._peak_mib = asked, rss_mib
+        elif not rss_mib <= self._peak_mib:
+            self._peak_mib = rss_mib
+        body = layout.PULSE_BODY.pack(now_ns, rss_mib, usage_mib, headroom_pct, self._peak, self._peak_mib)
         self._put(layout.PULSE + (self._beat & 1) * layout.LINE, self._beat, body)
 
     def beat(self, now_ns: int) -> None:
         """The last sample still holds. One word is written, which a kill leaves old or new."""
         self._words[(layout.PULSE + (self._beat & 1) * layout.LINE) // 8 + 1] = now_ns
+
+    @property
+    def wants_peak(self) -> bool:
+        """Whether the trainer waits for a new highest sample to be begun."""
+        return self._words[_PEAK_WORD] != self._peak
 
     def set_quiet(self, quiet: bool) -> None:
         """Tell the trainer whether to leave the agent alone when phases begin and end."""

@@ -77,6 +77,7 @@ def test_one_loader_for_many_modules(tmp_path, monkeypatch):
     imports.forget("memtrack_test_zipped")
 
 
-def test_the_trackers_that_run_waits_for():
-    """They are those that autolog knows."""
-    assert {registry.MODULES.get(tracker, tracker): tracker for tracker in registry.AUTOLOG} == unasked.TRACKERS
+def test_what_run_waits_for():
+    """The trackers and frameworks that autolog knows."""
+    known = [*registry.AUTOLOG, *registry.FRAMEWORKS]
+    assert {registry.MODULES.get(name, name): name for name in known} == unasked.FOLLOWED

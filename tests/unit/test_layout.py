@@ -193,7 +193,7 @@ def test_pulse():
     empty = Pulse()
     assert empty.mono_ns == 0
     assert empty.rss_mib != empty.rss_mib
-    pulse = Pulse(layout.PULSE_BODY.pack(5, 1.0, 2.0, 3.0))
+    pulse = Pulse(layout.PULSE_BODY.pack(5, 1.0, 2.0, 3.0, 4, 6.0))
     assert (pulse.mono_ns, pulse.rss_mib, pulse.usage_mib, pulse.headroom_pct) == (5, 1.0, 2.0, 3.0)
 
 

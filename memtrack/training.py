@@ -1,0 +1,150 @@
+"""What the callbacks of all frameworks have in common: they tell where a training stands, and get figures for its log.
+
+It is public for those who write a callback for another framework.
+"""
+
+from __future__ import annotations
+
+import sys
+from time import monotonic_ns
+from typing import TYPE_CHECKING
+
+from memtrack import api, autologging, config
+from memtrack.allocators import Allocators
+from memtrack.collectors.procfs import PAGE_MIB, open_held
+from memtrack.monitor import active
+from memtrack.notices import warn_once
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+STEP_PEAK = "memory/step/rss_peak_mib"
+"""The highest resident memory since the row before: the peak of the steps that a row of the user's log is of."""
+
+ALLOCATOR_S = 1.0
+"""How often the framework's allocator is asked at the most: its figures are sampled once a second."""
+
+
+class _Peak:
+    """The highest RSS of this process, from call to call."""
+
+    def __init__(self) -> None:
+        self._statm = open_held("/proc/self/statm", 256)
+        self._high_water: Callable[[], float] = float
+        if sys.platform != "win32":
+            import resource
+
+            usage, who = resource.getrusage, resource.RUSAGE_SELF
+            per_mib = 1 << 20 if sys.platform == "darwin" else 1 << 10  # bytes there, KiB elsewhere: getrusage(2)
+            self._high_water = lambda: usage(who).ru_maxrss / per_mib
+        self._before_mib = self._high_water()
+
+    def take_mib(self, sampled_mib: float) -> float:
+        """The highest since the last call. ``sampled_mib`` is what the agent saw, NaN if it did not look.
+
+        The kernel's mark of the highest ever tells of each new peak exactly, though it may have lasted no time; of one
+        that is lower than an earlier one the agent tells, if it lasted from one sample to the next.
+        """
+        peak_mib = sampled_mib if sampled_mib == sampled_mib else 0.0
+        if self._statm is not None:
+            peak_mib = max(peak_mib, int(self._statm.read().split(None, 2)[1]) * PAGE_MIB)
+        high_water_mib = self._high_water()
+        # what execve has replaced counts in the mark as well, so its height alone says nothing
+        if high_water_mib > self._before_mib:
+            self._before_mib = high_water_mib
+            peak_mib = max(peak_mib, high_water_mib)
+        return peak_mib
+
+
+class Training:
+    """A training as its framework's callback sees it: ``begin``, then phases, epochs, steps and rows, then ``end``.
+
+    Phases follow each other here, they do not nest: ``enter("validation")`` leaves ``train`` for a while, ``leave()``
+    comes back to it. What the program opens itself with ``memtrack.phase`` lies inside. Not thread-safe. Nothing but
+    the making of it raises.
+    """
+
+    def __init__(self, *, automatic: bool = False, **settings: Any) -> None:
+        """``settings`` are those of :func:`memtrack.autolog`, for a process in which nothing is monitoring yet.
+
+        ``automatic``: of a callback that autolog has put there; it begins nothing if autolog was taken back meanwhile.
+        Raises SettingsError.
+        """
+        config.resolve({name: value for name, value in settings.items() if name not in ("trackers", "frameworks")})
+        self._asked = None if automatic else settings
+        self._phases: list[str] = []
+        self._open: api.phase | None = None
+        self._peak: _Peak | None = None
+        self._allocators = Allocators()
+        self._allocators_due_ns = 0
+        self.step = api.step
+        """``step(number)``: the training has reached this step, as :func:`memtrack.step`."""
+        self.epoch = api.epoch
+        """``epoch(number)``, as :func:`memtrack.epoch`."""
+
+    def begin(self) -> bool:
+        """The training begins: from now on this process is monitored, if it was not. Returns whether it is."""
+        try:
+            if active.monitor is None:
+                autologging.join(self._asked)
+            if active.marks is None:
+                return False
+            if self._peak is None:
+                self._peak = _Peak()
+            self.row()  # what was before is no step's
+        except Exception as exc:
+            warn_once("training", f"memtrack does not follow this training ({type(exc).__name__}: {exc}).")
+        return active.marks is not None
+
+    def end(self) -> None:
+        """The training is over, however it went; monitoring goes on."""
+        self._phases.clear()
+        self._reopen()
+
+    def enter(self, phase: str) -> None:
+        """A phase begins; the one that was open pauses."""
+        self._phases.append(phase)
+        self._reopen()
+
+    def leave(self, phase: str) -> None:
+        """A phase ends, and those that were entered in it and not left; the one before goes on. If it is open."""
+        if phase in self._phases:
+            while self._phases.pop() != phase:
+                pass
+            self._reopen()
+
+    def row(self) -> dict[str, float]:
+        """Figures for the user's own row of metrics, since the last call; empty while nothing is monitoring.
+
+        ``memory/step/rss_peak_mib`` is the highest resident memory in MiB: exact if the process never stood higher,
+        else as sampled. Where a framework's allocator has figures these come along, see ``memtrack.allocators``; they
+        are set as gauges, too, once a second. Takes some microseconds.
+        """
+        marks, peak = active.marks, self._peak
+        if marks is None or peak is None:
+            return {}
+        try:
+            figures = {STEP_PEAK: peak.take_mib(marks.take_peak_mib())}
+            figures.update(self.allocations())
+            return figures
+        except Exception as exc:
+            warn_once("row", f"memtrack has no figures for this step ({type(exc).__name__}: {exc}).")
+            return {}
+
+    def allocations(self) -> dict[str, float]:
+        """What the allocators of the frameworks say, in MiB by name of metric; set as gauges once a second."""
+        figures = self._allocators.read()
+        now_ns = monotonic_ns()
+        if figures and now_ns >= self._allocators_due_ns:
+            self._allocators_due_ns = now_ns + int(ALLOCATOR_S * 1e9)
+            for name, value in figures.items():
+                api.gauge(name, value)
+        return figures
+
+    def _reopen(self) -> None:
+        if self._open is not None:
+            self._open.__exit__(None, None, None)
+            self._open = None
+        if self._phases:
+            self._open = api.phase(self._phases[-1]).__enter__()
