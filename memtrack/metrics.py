@@ -23,6 +23,8 @@ FILE = "memory/process/file_mib"
 SHMEM = "memory/process/shmem_mib"
 SWAP = "memory/process/swap_mib"
 MAJOR_FAULTS = "memory/process/major_faults_per_s"
+GROWTH = "memory/process/growth_mib"
+"""How much the process has grown in a phase or an epoch so far: in their rows only, no series."""
 
 TREE_PSS = "memory/tree/pss_mib"
 TREE_RSS_SUM = "memory/tree/rss_sum_mib"
@@ -48,6 +50,19 @@ GPU_USED = "memory/gpu{}/used_mib"
 GPU_PROCESS_USED = "memory/gpu{}/process_used_mib"
 GPU_RESERVED = "memory/gpu{}/reserved_mib"
 GPU_TOTAL = "memory/gpu{}/total_mib"
+
+ALLOCATED = "memory/torch_cuda{}/allocated_mib"
+ALLOCATED_PEAK = "memory/torch_cuda{}/allocated_peak_mib"
+ALLOCATOR_RESERVED = "memory/torch_cuda{}/reserved_mib"
+ALLOCATOR_PEAK_RESETS = "memory/torch_cuda{}/peak_resets"
+ALLOCATOR_SLACK = "memory/torch_cuda{}/slack_pct"
+ALLOCATOR_SPLIT = "memory/torch_cuda{}/inactive_split_mib"
+ALLOCATOR_UNUSABLE = "memory/torch_cuda{}/unusable_pct"
+ALLOCATOR_RETRIES = "memory/torch_cuda{}/alloc_retries"
+ALLOCATOR_OOMS = "memory/torch_cuda{}/ooms"
+ALLOCATOR_LIMIT = "memory/torch_cuda{}/limit_mib"
+ALLOCATOR_LARGEST_FREE = "memory/torch_cuda{}/largest_free_mib"
+"""Of the frameworks' own allocators, on any kind of device: ``find`` takes ``torch_xpu0``, ``jax_0``, ``tf_0`` too."""
 
 SELF_AGENT_RSS = "memory/self/agent_rss_mib"
 SELF_CPU = "memory/self/cpu_pct"
@@ -150,6 +165,17 @@ PATTERNS: tuple[Metric, ...] = (
     Metric(
         GPU_TOTAL, "MiB", "memory of GPU N in all; not in the recording unless asked for", otel="hw.gpu.memory.limit"
     ),
+    Metric(ALLOCATED, "MiB", "held by tensors on device N; likewise `torch_xpuN`, `jax_N`, `tf_N`", default=True),
+    Metric(ALLOCATED_PEAK, "MiB", "the most that was, by the allocator's own count", default=True),
+    Metric(ALLOCATOR_RESERVED, "MiB", "what the allocator has taken from the device", default=True),
+    Metric(ALLOCATOR_PEAK_RESETS, "1", "how often somebody has reset that count of the most, if so", default=True),
+    Metric(ALLOCATOR_SLACK, "%", "share of the reserved memory that no tensor uses"),
+    Metric(ALLOCATOR_SPLIT, "MiB", "free parts of blocks that are in use: cannot be given back"),
+    Metric(ALLOCATOR_UNUSABLE, "%", "share of the reserved memory that is such parts"),
+    Metric(ALLOCATOR_RETRIES, "1", "how often the cache was given back to make room"),
+    Metric(ALLOCATOR_OOMS, "1", "how often the allocator has run out of memory"),
+    Metric(ALLOCATOR_LIMIT, "MiB", "the most that JAX's allocator may take"),
+    Metric(ALLOCATOR_LARGEST_FREE, "MiB", "the largest piece that JAX's allocator has free"),
 )
 
 BY_NAME: dict[str, Metric] = {metric.name: metric for metric in (*TABLE, *PATTERNS)}
@@ -164,6 +190,8 @@ def find(name: str) -> Metric | None:
             parts[2] = "{}"
         elif len(parts) == 3 and parts[1].startswith("gpu") and parts[1][3:].isdecimal():
             parts[1] = "gpu{}"
+        elif len(parts) == 3 and parts[1].startswith(("torch_", "jax_", "tf_")) and parts[1][-1].isdecimal():
+            parts[1] = "torch_cuda{}"
         known = BY_NAME.get("/".join(parts))
     return known
 

@@ -32,11 +32,11 @@ AUTOLOG = {
 FRAMEWORKS = {
     "keras": ("memtrack_keras:autolog", "keras"),
     "lightning": ("memtrack_lightning:autolog", "lightning"),
-    "pytorch_lightning": ("memtrack_lightning:autolog", "lightning"),
+    "pytorch_lightning": ("memtrack_lightning:pl_autolog", "lightning"),
     "torch": ("memtrack_pytorch:autolog", "torch"),
     "transformers": ("memtrack_huggingface:autolog", "huggingface"),
 }
-"""Name of a framework -> (module:function that gives its trainings a callback and returns what takes it back, extra)."""
+"""Name of a framework -> (module:function that gives its trainings a callback, extra)."""
 
 MODULES = {
     "comet": "comet_ml",

@@ -116,6 +116,9 @@ class CometSink:
         self._experiment.log_others(others_of(figures))
         if figures.is_bad_end:
             self._experiment.add_tags(tags_of(figures))
+        columns, rows = figures.table()
+        if rows:
+            self._experiment.log_table("memtrack_phases_and_epochs.csv", rows, headers=columns)
         self._await_taken()
 
     def conclude(self, figures: RunFigures) -> None:

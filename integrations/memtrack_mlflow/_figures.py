@@ -46,5 +46,6 @@ def tags_of(figures: RunFigures) -> dict[str, str]:
         tags["headroom_min"] = f"{figures.headroom_min_pct:.1f} %"
     if figures.agent_rss_mib is not None and figures.agent_cpu_pct is not None:
         tags["cost"] = f"agent {figures.agent_rss_mib:.1f} MiB, {figures.agent_cpu_pct:.2f} % of a core"
-    ends = {name: texts.get(name, "")[:MAX_TAG] for name in ("verdict", "verdict_text", "evidence", "stack")}
-    return {**tags, **{name: text for name, text in ends.items() if text}}
+    longer = ("phases", "epochs", "verdict", "verdict_text", "evidence", "stack")
+    found = {name: texts.get(name, "")[:MAX_TAG] for name in longer}
+    return {**tags, **{name: text for name, text in found.items() if text}}

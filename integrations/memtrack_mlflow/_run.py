@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 REFUSED = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE", "NOT_FOUND"}
 """Error codes of MLflow's own that no repetition will change. A permission that is lacking can be given."""
 
+LOGGED = "mlflow.loggedArtifacts"
+"""The tag in which MLflow notes which artifacts are tables, a JSON list (``mlflow.utils.mlflow_tags``)."""
+
 
 class Value(NamedTuple):
     """One value of a metric, as MLflow keeps it."""
@@ -36,6 +39,9 @@ class RunState(NamedTuple):
     start_time_ms: int
     """When it began, in milliseconds of Unix time."""
     is_deleted: bool
+    artifact_uri: str
+    logged_artifacts: str
+    """What MLflow has noted of artifacts that it shows in a way of their own."""
 
 
 class RunWriter(Protocol):
@@ -87,8 +93,12 @@ class ServerRun:
         )
 
     def state(self) -> RunState:
-        info = self._call("GET", "get", params={"run_id": self._run_id})["run"]["info"]
-        return RunState(info["status"], int(info["start_time"]), info.get("lifecycle_stage") == "deleted")
+        run = self._call("GET", "get", params={"run_id": self._run_id})["run"]
+        info, tags = run["info"], {tag["key"]: tag["value"] for tag in run.get("data", {}).get("tags", ())}
+        is_deleted = info.get("lifecycle_stage") == "deleted"
+        return RunState(
+            info["status"], int(info["start_time"]), is_deleted, info.get("artifact_uri", ""), tags.get(LOGGED, "")
+        )
 
     def finish(self, end_time_ms: int, status: str = "FINISHED") -> None:
         self._call("POST", "update", json={"run_id": self._run_id, "status": status, "end_time": end_time_ms})
@@ -134,8 +144,10 @@ class ClientRun:
         )
 
     def state(self) -> RunState:
-        info = translate(self._client.get_run, self._run_id).info
-        return RunState(info.status, int(info.start_time), info.lifecycle_stage == "deleted")
+        run = translate(self._client.get_run, self._run_id)
+        info, is_deleted = run.info, run.info.lifecycle_stage == "deleted"
+        logged = run.data.tags.get(LOGGED, "")
+        return RunState(info.status, int(info.start_time), is_deleted, info.artifact_uri or "", logged)
 
     def finish(self, end_time_ms: int, status: str = "FINISHED") -> None:
         translate(self._client.set_terminated, self._run_id, status, end_time_ms)

@@ -11,6 +11,7 @@ from memtrack.errors import DeliveryError, MissingDependencyError, RejectedError
 from memtrack_mlflow import _where
 from memtrack_mlflow._figures import numbers_of, status_of, tags_of
 from memtrack_mlflow._run import Value, reason, run_writer, translate
+from memtrack_mlflow._table import log_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -73,6 +74,7 @@ class MlflowSink:
             start_time_ms = run.info.start_time if run is not None else None
         self.run_id: str = run_id
         self._start_ms = start_time_ms
+        self._client = client
         self._run = run_writer(client, run_id)
 
     @property
@@ -131,6 +133,10 @@ class MlflowSink:
         tags = {f"memtrack.{key}": value for key, value in tags_of(figures).items()}
         metrics = [Value(SUMMARY + key, value, timestamp_ms, 0) for key, value in numbers_of(figures).items()]
         self._run.log(metrics, tags)
+        if figures.phases or figures.epochs:
+            table_tags = log_table(self._client, self.run_id, self._run.state(), figures)
+            if table_tags:
+                self._run.log([], table_tags)
         self._finished = True
 
     def conclude(self, figures: RunFigures) -> None:

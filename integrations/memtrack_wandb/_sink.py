@@ -130,6 +130,10 @@ class WandbSink:
         self._check()
         try:
             self._run.summary.update(summary_of(figures))
+            columns, rows = figures.table()
+            if rows:
+                # in the summary: logged as a row of the history it would have a step
+                self._run.summary["memtrack/phases_and_epochs"] = _wandb().Table(columns=columns, data=rows)
         except Exception as exc:
             raise DeliveryError(f"W&B's process does not take the figures: {_where.first_line(exc)}") from exc
 

@@ -71,6 +71,7 @@ class Agent:
             cpu_clock_ns=process_time_ns,
             on_window=self._store,
             on_phase=self._writer.put_phase,
+            on_epoch=self._writer.put_epoch,
             on_marks=self._note_marks,
         )
         self._head = Head()
@@ -124,7 +125,9 @@ class Agent:
 
         with RecordingReader(path) as reader:
             self._writer.go_on(reader)
-            self._sampler.go_on(self._writer.windows, reader.phases().values())
+            epochs = reader.epochs()
+            seen = epochs[-1].last_number + 1 if epochs else 0
+            self._sampler.go_on(self._writer.windows, reader.phases().values(), seen)
             before = reader.head()
             self._head.cut, self._cpu_before_ns = before.cut, before.agent_cpu_ns
             last_ns = reader.pulse().mono_ns

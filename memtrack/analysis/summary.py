@@ -7,32 +7,40 @@ from typing import TYPE_CHECKING, NamedTuple
 from memtrack import metrics
 from memtrack.analysis.stacks import peak_stack
 from memtrack.analysis.verdict import describe, verdict_of
-from memtrack.sampling.window import LABELS, NO_STEP, Row
-from memtrack.sinks.figures import RunFigures
+from memtrack.recording import layout
+from memtrack.sampling.window import BOUND, LABELS, NO_STEP, Row
+from memtrack.sinks.figures import PartFigures, RunFigures
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from memtrack.recording.epochs import Epoch
     from memtrack.recording.reader import RecordingReader
     from memtrack.recording.records import Verdict
     from memtrack.sampling.window import Cell
 
+SLACK_NS = 10**9
+"""A phase that began so much before a run is the run's: a framework may start its tracker within its training."""
 
-class PhaseFigures(NamedTuple):
-    """One phase: its path, how long it was open (sampled, in seconds), and its highest and last RSS in MiB."""
-
-    name: str
-    seconds: float
-    peak_rss_mib: float
-    peak_label: str
-    peak_step: int | None
-    last_rss_mib: float
+MAX_EPOCHS = 12
+"""Lines of epochs in a text; the table that the tracker gets has them all."""
 
 
 class Summary(NamedTuple):
-    """The figures of a recording, a row a phase, and how the process ended. ``str()`` of it is what people read."""
+    """The figures of a recording and how the process ended. ``str()`` of it is what people read."""
 
     figures: RunFigures
-    phases: tuple[PhaseFigures, ...] = ()
     verdict: Verdict | None = None
+
+    @property
+    def phases(self) -> tuple[PartFigures, ...]:
+        """A row a phase."""
+        return self.figures.phases
+
+    @property
+    def epochs(self) -> tuple[PartFigures, ...]:
+        """A row an epoch; of more than 64, a row for several that follow each other."""
+        return self.figures.epochs
 
     def __str__(self) -> str:
         return render(self)
@@ -55,19 +63,17 @@ def figures_of(reader: RecordingReader, start_ns: int = 0, end_ns: int | None = 
         else:
             total.merge(row)
     figures = RunFigures() if total is None else _figures(total, reader, windows)
-    return _with_end(figures, reader, verdict_of(reader))
+    return _with_end(_with_parts(figures, reader, start_ns, end_ns), reader, verdict_of(reader))
 
 
 def summarise(reader: RecordingReader) -> Summary:
     """The summary of a whole recording."""
-    phases = reader.phases()
-    whole = phases.pop("", None)
-    rows = [_phase(name, row) for name, row in phases.items() if metrics.RSS in row.cells]
-    if whole is None:
-        return Summary(figures_of(reader), tuple(rows), verdict_of(reader))
     verdict = verdict_of(reader)
-    figures = _with_end(_figures(whole, reader, reader.head().windows), reader, verdict)
-    return Summary(figures, tuple(rows), verdict)
+    whole = reader.phases().get("")
+    if whole is None:
+        return Summary(figures_of(reader), verdict)
+    figures = _with_parts(_figures(whole, reader, reader.head().windows), reader)
+    return Summary(_with_end(figures, reader, verdict), verdict)
 
 
 def _with_end(figures: RunFigures, reader: RecordingReader, verdict: Verdict | None) -> RunFigures:
@@ -118,9 +124,56 @@ def _figures(total: Row, reader: RecordingReader, windows: int) -> RunFigures:
     )
 
 
-def _phase(name: str, row: Row) -> PhaseFigures:
-    rss = row.cells[metrics.RSS]
-    return PhaseFigures(name, rss.seconds, rss.max, LABELS.get(rss.label, ""), _known(rss.step), rss.last)
+def _with_parts(
+    figures: RunFigures, reader: RecordingReader, start_ns: int = 0, end_ns: int | None = None
+) -> RunFigures:
+    """With the phases and epochs between two monotonic times. Of one that was open at other times as well, such as
+    that of an earlier run, the peak is a bound, and how it grew is not known."""
+    end_ns = layout.MAX_NUMBER if end_ns is None else end_ns
+    named = {name: row for name, row in reader.phases().items() if name and metrics.RSS in row.cells}
+    phases = [
+        _bounded(_phase(name, row), row.start_ns < start_ns - SLACK_NS or row.end_ns > end_ns + SLACK_NS)
+        for name, row in named.items()
+        if row.end_ns > start_ns and row.start_ns < end_ns
+    ]
+    epochs = [
+        _bounded(_epoch(epoch), epoch.start_ns < start_ns - SLACK_NS or epoch.end_ns > end_ns + SLACK_NS)
+        for epoch in reader.epochs()
+        if epoch.end_ns > start_ns and epoch.start_ns < end_ns and epoch.peak_mib == epoch.peak_mib
+    ]
+    return figures._replace(phases=tuple(phases), epochs=tuple(epochs))
+
+
+def _phase(name: str, row: Row) -> PartFigures:
+    rss, growth = row.cells[metrics.RSS], row.cells.get(metrics.GROWTH)
+    headroom_pct = _min(row.cells.get(metrics.CONTAINER_HEADROOM))
+    return PartFigures(
+        name,
+        rss.seconds,
+        rss.max,
+        LABELS.get(rss.label, ""),
+        _known(rss.step),
+        rss.last,
+        None if growth is None else growth.last,
+        None if headroom_pct is None else 100.0 - headroom_pct,
+    )
+
+
+def _epoch(epoch: Epoch) -> PartFigures:
+    return PartFigures(
+        str(epoch.first) if epoch.first_number == epoch.last_number else f"{epoch.first}-{epoch.last}",
+        epoch.seconds,
+        epoch.peak_mib,
+        LABELS.get(epoch.label, ""),
+        _known(epoch.step),
+        epoch.last_mib,
+        epoch.growth_mib if epoch.growth_mib == epoch.growth_mib else None,
+        100.0 - epoch.headroom_min_pct if epoch.headroom_min_pct == epoch.headroom_min_pct else None,
+    )
+
+
+def _bounded(part: PartFigures, is_more: bool) -> PartFigures:
+    return part._replace(peak_label=LABELS[BOUND], growth_mib=None) if is_more else part
 
 
 def _count(value: float | None) -> int:
@@ -152,14 +205,8 @@ def render(summary: Summary, *, everything: bool = False) -> str:
     if figures.limit_mib is not None and figures.headroom_min_pct is not None:
         limit = f"{size(figures.limit_mib)} ({figures.limit_source})"
         lines.append(f"  headroom  {figures.headroom_min_pct:.0f} % at the least, of {limit}")
-    if summary.phases:
-        width = max(len(phase.name) for phase in summary.phases)
-        lines.append("  phases")
-        for phase in summary.phases:
-            lines.append(
-                f"    {phase.name:<{width}}  {phase.seconds:7.1f} s   peak {size(phase.peak_rss_mib):>10}"
-                f" ({phase.peak_label})   at its end {size(phase.last_rss_mib):>10}"
-            )
+    lines += _render_parts("phases", summary.phases)
+    lines += _render_parts("epochs", summary.epochs, MAX_EPOCHS)
     if figures.agent_rss_mib is not None:
         cpu = "" if figures.agent_cpu_pct is None else f", {figures.agent_cpu_pct:.2f} % of a core"
         spent = f"{figures.windows} windows in {figures.seconds:.1f} s"
@@ -169,6 +216,28 @@ def render(summary: Summary, *, everything: bool = False) -> str:
     if figures.dropped:
         lines.append(f"  dropped   {figures.dropped} marks, phases or windows found no room")
     return "\n".join(lines)
+
+
+def _render_parts(title: str, parts: Sequence[PartFigures], most: int = 100) -> list[str]:
+    """A line a part under a title; of more than ``most`` the first few and the last."""
+    if not parts:
+        return []
+    shown: list[PartFigures | None] = list(parts)
+    if len(shown) > most:
+        shown[most // 3 : len(shown) - (most - most // 3)] = [None]
+    width = max(len(part.name) for part in parts)
+    lines = [f"  {title}"]
+    for part in shown:
+        if part is None:
+            lines.append("    ...")
+            continue
+        growth = "" if part.growth_mib is None else f"{part.growth_mib:+.1f} MiB"
+        share = "" if part.limit_pct is None else f"   {part.limit_pct:5.1f} % of the limit"
+        lines.append(
+            f"    {part.name:<{width}}  {part.seconds:7.1f} s   peak {size(part.peak_rss_mib):>10}"
+            f" {f'({part.peak_label})':<9}   grew by {growth:>11}{share}"
+        )
+    return lines
 
 
 def size(mib: float) -> str:

@@ -21,7 +21,8 @@ A recording is one file of a fixed size, allocated up front. All numbers are lit
     172 Ki       the agent, or who delivers  the verdict: two alternating pages
     180 Ki       the agent                   stacks of the training process at peaks: 8 pages
     212 Ki       the agent                   rows of 32 phases (the first: of everything), two alternating pages each
-    468 Ki       the agent                   windows: one page each. The first half is a ring of the newest windows,
+    468 Ki       the agent                   64 epochs, 128 bytes each; of more, several in one
+    476 Ki       the agent                   windows: one page each. The first half is a ring of the newest windows,
                                              addressed by number; the second half holds merged history
     ===========  ==========================  =====================================================================
 
@@ -81,7 +82,10 @@ STACKS = 180 * 1024
 STACK_COUNT = 8
 PHASES = 212 * 1024
 PHASE_COUNT = 32
-WINDOWS = 468 * 1024
+EPOCHS = 468 * 1024
+EPOCH_SIZE = 128
+EPOCH_COUNT = 64
+WINDOWS = 476 * 1024
 
 MIN_SIZE = 1 << 20
 DEFAULT_SIZE = 4 << 20

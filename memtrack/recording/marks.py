@@ -85,10 +85,10 @@ class MarkWriter:
         self._names: dict[str, int] = {"": 0}
         self._gauges: dict[str, int] = {}
         self._gauge_turn = 0
-        self._wake_due_ns = 0
+        self._wake_due_ns = self._epoch_wake_due_ns = 0
         self.wake: Callable[[bool], None] | None = None
-        """Called when a phase begins or ends, at most every 50 ms: a sample there keeps phases apart. It is told
-        whether the agent wants to be left alone."""
+        """Called when a phase begins or ends, at most every 50 ms, and when the epoch changes, as seldom: a sample
+        there keeps them apart. It is told whether the agent wants to be left alone."""
 
     def go_on(self) -> None:
         """Before the first mark: go on with the numbers and names that are there, of an earlier program or monitor of
@@ -109,6 +109,11 @@ class MarkWriter:
                 self._mark(layout.EPOCH, 0, 0.0)
                 self.step(-1)
 
+    @property
+    def last_step(self) -> int:
+        """The step that was marked last, by whomever; -1 if none was."""
+        return self._step
+
     def step(self, step: int) -> None:
         """The training has reached this step."""
         with self._lock:
@@ -127,11 +132,15 @@ class MarkWriter:
         with self._lock:
             before, self._epoch = self._epoch, epoch
             try:
-                self._mark(layout.EPOCH, 0, 0.0)
+                now_ns = self._mark(layout.EPOCH, 0, 0.0)
             except BaseException:
                 self._epoch = before
                 raise
             self.step(self._step)
+            # whether or not a phase that has just ended has woken it already
+            if now_ns > self._epoch_wake_due_ns:
+                self._epoch_wake_due_ns = now_ns + WAKE_NS
+                self._wake(now_ns)
 
     def begin(self, name: str) -> Phase | None:
         """Enter a phase inside those that are open. Returns what ``end`` wants; None if there is no room for it."""

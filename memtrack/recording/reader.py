@@ -14,6 +14,7 @@ import stat
 from memtrack.errors import RecordingError, RecordingFormatError
 from memtrack.recording import layout
 from memtrack.recording.descriptor import Descriptor
+from memtrack.recording.epochs import Epoch, unpack_epochs
 from memtrack.recording.layout import Head, Layout, Mark, Pulse
 from memtrack.recording.marks_view import MarkReader
 from memtrack.recording.records import Event, Feed, Stack, Verdict, newest_text, unpack_event, unpack_text
@@ -234,6 +235,10 @@ class RecordingReader:
             if newest is not None and newest.first < len(names):
                 found[names[newest.first]] = newest
         return found
+
+    def epochs(self) -> list[Epoch]:
+        """What is known of each epoch, oldest first; of more than 64, of several that follow each other."""
+        return unpack_epochs(self._read(layout.EPOCHS, layout.EPOCH_COUNT * layout.EPOCH_SIZE))
 
     # -- feeds, stacks, the end -------------------------------------------------------------------------------------
 

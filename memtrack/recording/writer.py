@@ -7,6 +7,7 @@ import os
 
 from memtrack.errors import RecordingError
 from memtrack.recording import layout
+from memtrack.recording.epochs import Epoch, EpochWriter
 from memtrack.recording.layout import Head, Layout, pack_header, pack_name, pack_row
 from memtrack.recording.marks_view import MarkReader
 from memtrack.recording.records import Event, newest_text, pack_event
@@ -94,6 +95,7 @@ class RecordingWriter:
         """(first window, page) of each page of history but the growing one, oldest first."""
         self._free = list(range(self._layout.bins))
         self._narrow = 0  # bins from this position on have not been merged to bin_width yet
+        self._epochs = EpochWriter(self._fd)
         self._phase_slots: dict[int, int] = {}
         self._phase_turns = [0] * layout.PHASE_COUNT
 
@@ -111,6 +113,7 @@ class RecordingWriter:
         self.metric_ids = {metric: number for number, metric in enumerate(reader.metrics())}
         self.merged, self.dropped, self.bin_width = head.merged, head.dropped, head.bin_width
         self.windows = reader.newest_number() + 1
+        self._epochs.go_on(reader.epochs())
         for slot in range(layout.PHASE_COUNT):
             pages = [os.pread(self._fd, layout.PAGE, Layout.phase_offset(slot, turn)) for turn in (0, 1)]
             whole = [page for page in pages if layout.row_span(page) is not None]
@@ -186,6 +189,10 @@ class RecordingWriter:
         self._phase_turns[slot] += 1
         turn = self._phase_turns[slot]
         os.pwrite(self._fd, pack_row(row, self.metric_ids, turn), Layout.phase_offset(slot, turn))
+
+    def put_epoch(self, row: Row, epoch: int, number: int) -> None:
+        """Store what is known so far of an epoch, which is the ``number``-th that there was, counted from 0."""
+        self._epochs.put(Epoch(row, epoch, number))
 
     def event(self, kind: str, time_ns: int, step: int = -1, value: float = 0.0, text: str = "") -> None:
         """Note that something happened. The newest 512 events are kept."""

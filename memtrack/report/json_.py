@@ -14,7 +14,8 @@
     tree          peak_pss_mib
     limit         mib, source, headroom_min_pct
     memtrack      agent_rss_mib, agent_cpu_pct, windows, dropped: what it cost
-    phases        list: name, seconds, peak_rss_mib, peak_label, peak_step, last_rss_mib
+    phases        list: name, seconds, peak_rss_mib, peak_label, peak_step, last_rss_mib, growth_mib, limit_pct
+    epochs        list of the same, "8-15" being the name of several together
     verdict       kind, confidence, exit_code, signal, text, evidence (list), time_s: how the process ended; null while
                   it runs, and if memtrack was stopped before
     stacks        list: time_s, rss_mib, usage_mib, headroom_pct, phase, epoch, step, frames (innermost first)
@@ -81,6 +82,7 @@ def as_dict(report: Report) -> dict[str, object]:
             "dropped": figures.dropped,
         },
         "phases": [phase._asdict() for phase in report.summary.phases],
+        "epochs": [epoch._asdict() for epoch in report.summary.epochs],
         "verdict": _verdict(report),
         "stacks": [taken._asdict() for taken in report.stacks],
         "events": [note._asdict() for note in report.notes],

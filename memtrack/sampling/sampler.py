@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from memtrack import metrics
 from memtrack.sampling.cadence import CALM_S, UNLIMITED_MIB, Budget, Cadence
-from memtrack.sampling.source import COST_FACTOR, PhaseRow, Source
+from memtrack.sampling.scopes import Scopes, keys
+from memtrack.sampling.source import COST_FACTOR, Source
 from memtrack.sampling.window import BOUND, ESTIMATED, EXACT, SAMPLED, Cell, Place, Row
 
 TYPE_CHECKING = False
@@ -47,9 +48,9 @@ ROOMY_PCT = 25.0
 
 
 class Sampler:
-    """Folds the readings of collectors into windows of ``interval_s`` and into one row a phase.
+    """Folds the readings of collectors into windows of ``interval_s`` and into one row a phase and an epoch.
 
-    ``on_window`` gets each finished window, ``on_phase`` the row of a phase when it is worth storing again. Not
+    ``on_window`` gets each finished window, ``on_phase`` and ``on_epoch`` what :class:`Scopes` hands over. Not
     thread-safe. The caller calls ``tick`` when ``due_ns`` has come; time is the caller's, and so is ``cpu_clock_ns``,
     which tells the CPU time of the process: tests run in virtual time.
     """
@@ -66,6 +67,7 @@ class Sampler:
         cpu_clock_ns: Callable[[], int],
         on_window: Callable[[Row], None],
         on_phase: Callable[[Row], None],
+        on_epoch: Callable[[Row, int, int], None],
         on_marks: Callable[[list[Mark]], None] | None = None,
         phase_limit: int = 31,
     ) -> None:
@@ -81,17 +83,14 @@ class Sampler:
         self._budget = budget
         self._cpu_clock_ns = cpu_clock_ns
         self._on_window = on_window
-        self._on_phase = on_phase
         self._on_marks = on_marks
-        self._phase_limit = phase_limit
         self._tick_due_ns = now_ns
         self._window_due_ns = now_ns + self._interval_ns
         self._high_water_due_ns = now_ns
         self._last_ns = now_ns
         self._wall_ns = 0
         self._place = marks.place()
-        self._phases: dict[int, PhaseRow] = {}
-        self._refused: set[int] = set()
+        self._scopes = Scopes(on_phase, on_epoch, phase_limit)
         self._row = Row(0, now_ns)
         self._span_start_ns = now_ns
         self._span: dict[str, Cell] = {}
@@ -105,14 +104,17 @@ class Sampler:
         """The newest value of each metric."""
         self.ticks = 0
         self.late_max_ms = 0.0
-        self.dropped = 0
 
-    def go_on(self, first: int, phases: Iterable[Row]) -> None:
-        """Before the first tick: number windows from ``first`` on, and go on with the rows of phases known so far."""
+    @property
+    def dropped(self) -> int:
+        """Phases that found no room."""
+        return self._scopes.dropped
+
+    def go_on(self, first: int, phases: Iterable[Row], epochs: int) -> None:
+        """Before the first tick: number windows from ``first`` on, and go on with the rows of phases known so far,
+        after so many ``epochs``."""
         self._row.first = self._row.last = first
-        for row in phases:
-            known = self._phases[row.first] = PhaseRow(row.first, row.start_ns)
-            known.row = row
+        self._scopes.go_on(phases, epochs)
 
     def glance(self, now_ns: int) -> bool:
         """Whether this tick needs no more than a glance: nothing is due, and the process has not moved.
@@ -145,6 +147,11 @@ class Sampler:
             self._high_water_due_ns = now_ns
         for source in self._every_tick:
             self._ask(source, now_ns, places)
+        if places is not None:
+            # only this sample shows how much was left of what was there before
+            self._scopes.grow(places[0], self.latest.get(metrics.RSS))
+            self._note_unseen(places, now_ns)
+            self._scopes.leave(places, self._place)
         if now_ns >= self._high_water_due_ns:
             self._high_water_due_ns = now_ns + HIGH_WATER_NS
         if now_ns >= self._slower_due_ns:
@@ -170,10 +177,8 @@ class Sampler:
             row.end_ns = now_ns
             row.end_wall_ns = wall_ns
             row.step = self._marks.place().step
-            for phase in (0, *self._place.phases):
-                known = self._phases.get(phase)
-                if known is not None and known.worth_storing(now_ns):
-                    self._on_phase(known.row)
+            self._scopes.grow(self._place, self.latest.get(metrics.RSS))
+            self._scopes.store(self._place, now_ns)
             self._on_window(row)
             self._row = Row(row.last + 1, now_ns)
         # absolute deadlines: windows do not drift; those that were missed (machine asleep), or nearly, are skipped
@@ -187,21 +192,19 @@ class Sampler:
         self._high_water_due_ns = now_ns
         self.tick(now_ns, wall_ns)
         self.cut(now_ns, wall_ns)
-        for phase in self._phases.values():
-            self._on_phase(phase.row)
+        self._scopes.store_all()
         self._window_due_ns = now_ns + self._interval_ns
         self._plan(now_ns)
 
     def finish(self, now_ns: int, wall_ns: int) -> None:
-        """Finish the last window as it stands, and store every phase."""
+        """Finish the last window as it stands, and store every phase and epoch."""
         self._wall_ns = wall_ns
         if self._glances:
             self._account_for_glances()
         if self._marks.written() != self._marks_seen:
             self._pass_marks(now_ns)
         self.cut(now_ns, wall_ns)
-        for phase in self._phases.values():
-            self._on_phase(phase.row)
+        self._scopes.store_all()
         for source in (*self._every_tick, *self._slower):
             source.collector.close()
 
@@ -285,51 +288,63 @@ class Sampler:
             if value > cell.max:
                 cell.raise_max(value, now_ns, self._marks.place(), EXACT)
             return
-        # The phases changed since the last look. The maximum of the window, and of phases that were open all the time,
-        # is ascribed to where the training was longest. For the others the height is an upper bound, as nobody can tell
-        # in which it stood; the one that is open now needs none if the sample has that height.
+        # The phases or the epoch changed since the last look. The maximum of the window, and of phases that were open
+        # all the time, is ascribed to where the training was longest. For the others the height is an upper bound, as
+        # nobody can tell in which it stood; the one that is open now needs none if the sample has that height.
         _raise_row(self._row, metric, cell.last, value, now_ns, places[0], EXACT)
         for place in places:
             for row in self._open(place, now_ns):
-                if row.first == 0 or all(row.first in other.phases for other in places):
+                if all(row.first in keys(other) for other in places):
                     _raise_row(row, metric, cell.last, value, now_ns, places[0], EXACT)
-                elif value > cell.max or row.first not in self._place.phases:
-                    _raise_row(row, metric, cell.last, value, now_ns, place, BOUND)
+                elif value > cell.max or row.first not in keys(self._place):
+                    seen = row.cells.get(metric)
+                    if seen is None or value > seen.max + HIGH_WATER_TOLERANCE_MIB:
+                        _raise_row(row, metric, cell.last, value, now_ns, place, BOUND)
 
     def _pass_marks(self, now_ns: int) -> list[Place] | None:
-        """Take in the marks since the last tick. Returns where the training has been, if its phases changed.
+        """Take in the marks since the last tick. Returns where the training has been, if its phases or epoch changed.
 
-        Each set of phases comes once, the one that lasted longest first.
+        Each set of phases in an epoch comes once, the one that lasted longest first.
         """
         self._marks_seen = self._marks.written()
         marks = self._marks.drain()
         if self._on_marks is not None:
             self._on_marks(marks)
         place = self._marks.place()
-        stays: dict[tuple[int, ...], int] = {}
-        at, since_ns = self._place.phases, self._last_ns
+        stays: dict[tuple[int, tuple[int, ...]], int] = {}
+        at, since_ns = (self._place.epoch, self._place.phases), self._last_ns
         for mark in marks:
             stays[at] = stays.get(at, 0) + max(mark.time_ns - since_ns, 0)
-            at, since_ns = mark.place.phases, max(mark.time_ns, since_ns)
-        stays[place.phases] = stays.get(place.phases, 0) + max(now_ns - since_ns, 0)
-        if len(stays) == 1 and place.phases == self._place.phases:
+            at, since_ns = (mark.place.epoch, mark.place.phases), max(mark.time_ns, since_ns)
+        at = place.epoch, place.phases
+        stays[at] = stays.get(at, 0) + max(now_ns - since_ns, 0)
+        if len(stays) == 1:
             return None
         self._end_span(now_ns)
-        for phase in self._place.phases:
-            if phase not in place.phases and phase in self._phases:
-                self._on_phase(self._phases[phase].row)
         self._place = place
-        return [Place(place.step, place.epoch, phases) for phases in sorted(stays, key=lambda key: -stays[key])]
+        places = {stay: Place(place.step, *stay) for stay in stays}
+        for stay in places.values():
+            self._open(stay, now_ns)  # in the order in which they came
+        return [places[stay] for stay in sorted(stays, key=lambda stay: -stays[stay])]
+
+    def _note_unseen(self, places: list[Place], now_ns: int) -> None:
+        """A phase or an epoch that has passed between two samples counts all the same: at about what there is now."""
+        rss_mib = self.latest.get(metrics.RSS)
+        if rss_mib is None:
+            return
+        for place in places:
+            for row in self._open(place, now_ns):
+                if metrics.RSS not in row.cells and row.first not in keys(self._place):
+                    cell = row.cells[metrics.RSS] = Cell(rss_mib, now_ns, place, label=ESTIMATED)
+                    cell.count = 0
 
     def _end_span(self, now_ns: int) -> None:
-        """Merge the cells since the last change of phases into the window and into the rows of the open phases."""
+        """Merge the cells since the last change of place into the window and into the rows of phases and epoch."""
         span = Row(self._row.first, self._row.start_ns)
         span.cells = self._span
         span.end_ns, span.end_wall_ns = now_ns, self._wall_ns
         for row in self._open(self._place, now_ns):
-            phase = row.first
             row.merge(span)
-            row.first = phase
         if self._row.cells:
             self._row.merge(span)
         else:
@@ -337,20 +352,7 @@ class Sampler:
         self._span, self._span_start_ns = {}, now_ns
 
     def _open(self, place: Place, now_ns: int) -> list[Row]:
-        """The rows that a sample here belongs to: of everything, and of each open phase."""
-        rows = []
-        for phase in (0, *place.phases):
-            known = self._phases.get(phase)
-            if known is None:
-                if len(self._phases) > self._phase_limit:
-                    if phase not in self._refused:
-                        self._refused.add(phase)
-                        self.dropped += 1
-                    continue
-                known = self._phases[phase] = PhaseRow(phase, self._span_start_ns)
-            known.row.end_ns, known.row.end_wall_ns = now_ns, self._wall_ns
-            rows.append(known.row)
-        return rows
+        return self._scopes.open(place, self._span_start_ns, now_ns, self._wall_ns)
 
     def _hold(self, source: Source) -> None:
         """Show the last known values, or estimates, in a window in which the collector was not due: count 0."""

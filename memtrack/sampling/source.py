@@ -1,9 +1,6 @@
-"""What the sampler knows of each collector and of each phase."""
+"""What the sampler knows of each collector."""
 
 from __future__ import annotations
-
-from memtrack import metrics
-from memtrack.sampling.window import Row
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -16,9 +13,6 @@ COST_FACTOR = 3000
 
 STALE_FACTOR = 200
 """The same for one that knows that its values are out of date. It may be one call ahead of its time, no more."""
-
-PHASE_STORE_NS = 5 * 10**9
-"""How often the row of a phase is stored if it has no new maximum."""
 
 
 class Source:
@@ -46,23 +40,3 @@ class Source:
         if not self.collector.stale or self.due_ns - now_ns > max(self.period_ns, COST_FACTOR * self.cost_ns):
             return False
         return now_ns >= self.last_ns + max(self.period_ns // 4, STALE_FACTOR * self.cost_ns)
-
-
-class PhaseRow:
-    """What is known of a phase: a row with the phase's id as ``first``, and what of it has been stored."""
-
-    __slots__ = ("row", "stored_max", "stored_ns")
-
-    def __init__(self, phase: int, now_ns: int) -> None:
-        self.row = Row(phase, now_ns)
-        self.stored_ns = 0
-        self.stored_max = 0.0
-
-    def worth_storing(self, now_ns: int) -> bool:
-        """After five seconds, or as soon as the process stood higher than what is stored."""
-        cell = self.row.cells.get(metrics.RSS)
-        highest = cell.max if cell is not None else 0.0
-        if highest <= self.stored_max and now_ns < self.stored_ns + PHASE_STORE_NS:
-            return False
-        self.stored_ns, self.stored_max = now_ns, highest
-        return True

@@ -7,6 +7,27 @@ from typing import NamedTuple
 import memtrack
 
 
+class PartFigures(NamedTuple):
+    """A phase by its path, or an epoch, or several that follow each other. Memory in MiB; None: not known."""
+
+    name: str
+    seconds: float
+    peak_rss_mib: float
+    peak_label: str
+    """``exact``, ``sampled``, ``bound`` (it stood no higher) or ``estimated`` (it was over before anybody looked)."""
+    peak_step: int | None
+    last_rss_mib: float
+    growth_mib: float | None
+    """How much more the process held at its end than at its beginning, over all times that it was open."""
+    limit_pct: float | None
+    """The largest share of the memory limit that was in use in it, by whomever."""
+
+    def __str__(self) -> str:
+        growth = "" if self.growth_mib is None else f", {self.growth_mib:+.1f} MiB"
+        share = "" if self.limit_pct is None else f", {self.limit_pct:.1f} % of the limit"
+        return f"{self.name}: {self.peak_rss_mib:.1f} MiB ({self.peak_label}){growth}{share}"
+
+
 class RunFigures(NamedTuple):
     """What a run ends with. Memory in MiB, shares in percent; None where it could not be measured."""
 
@@ -43,6 +64,8 @@ class RunFigures(NamedTuple):
     signal: int | None = None
     end_wall_s: float | None = None
     """When what is told of ended, Unix time; None: now."""
+    phases: tuple[PartFigures, ...] = ()
+    epochs: tuple[PartFigures, ...] = ()
 
     @property
     def is_bad_end(self) -> bool:
@@ -71,6 +94,8 @@ class RunFigures(NamedTuple):
             "peak_phase": self.peak_phase,
             "limit_source": self.limit_source,
             "stack": self.stack,
+            "phases": "\n".join(map(str, self.phases)),
+            "epochs": "\n".join(map(str, self.epochs)),
         }
         if self.is_bad_end:
             known = self.verdict_confidence in ("confirmed", "likely")
@@ -78,3 +103,8 @@ class RunFigures(NamedTuple):
             found["verdict_text"] = self.verdict_text
             found["evidence"] = "\n".join(self.verdict_evidence)
         return {name: text for name, text in found.items() if text}
+
+    def table(self) -> tuple[list[str], list[list[str | float | None]]]:
+        """Phases and epochs as names of columns and rows, for trackers that show tables; no rows if there are none."""
+        parts = [("phase", phase) for phase in self.phases] + [("epoch", epoch) for epoch in self.epochs]
+        return ["part", *PartFigures._fields], [[kind, *part] for kind, part in parts]

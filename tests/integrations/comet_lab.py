@@ -95,10 +95,13 @@ def read_archive(path):
     with zipfile.ZipFile(path) as archive:
         log = Log(json.loads(line) for line in archive.read("messages.json").splitlines())
         log.experiment = json.loads(archive.read("experiment.json"))
-        names = archive.namelist()
-    assert len(set(names)) == len(names)
-    uploads = [m["payload"]["file_path"] for m in log.messages if m["type"] == "file_upload"]
-    assert sorted(names) == sorted({*uploads, "messages.json", "experiment.json"})
+        files = {name: archive.read(name) for name in archive.namelist()}
+        assert len(archive.namelist()) == len(files)
+    uploads = {m["payload"]["file_path"] for m in log.messages if m["type"] == "file_upload"}
+    assert {*uploads, "messages.json", "experiment.json"} <= set(files)
+    # of an asset that it was given as data, Comet packs its temporary file as well
+    spare = set(files) - uploads - {"messages.json", "experiment.json"}
+    assert all(files[name] in [files[other] for other in uploads] for name in spare)
     validate("offline-experiment", log.experiment)
     for message in log.messages:
         kind = {"metric_msg": "metric-msg", "log_other": "log-other-msg"}.get(message["type"])

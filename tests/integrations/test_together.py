@@ -3,7 +3,11 @@ time, and the user's series as without memtrack."""
 
 from __future__ import annotations
 
+import csv
+import json
+import zipfile
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 from memtrack_wandb._stream import series_key
@@ -135,6 +139,32 @@ for loop in (explicit, implicit, in_parts, defined):
         report(**{loop.__name__: run.id})
 report(steps=steps, calls=calls, mlflow=active.info.run_id, comet=exp.get_key(), running=sorted(exp.metrics))
 """
+PARTS = """
+import memtrack, mlflow, wandb, comet_ml
+import numpy as np
+monitor = memtrack.autolog(interval=0.2, flush_interval=0.2)
+run, active, exp = wandb.init(project="p"), mlflow.start_run(), comet_ml.start()
+mlflow.log_dict({"own": 1}, "own.json")
+held = []
+for epoch in range(3):
+    memtrack.epoch(epoch)
+    with memtrack.phase("train"):
+        for step in range(10 * epoch, 10 * epoch + 10):
+            memtrack.step(step)
+            if step == 15:
+                spike = np.ones(200 << 17)
+                time.sleep(0.3)
+                del spike
+            time.sleep(0.02)
+        held.append(np.ones(20 << 17))
+    with memtrack.phase("validation"):
+        time.sleep(0.1)
+report(wandb=run.id, comet=exp.get_key(), mlflow=active.info.run_id)
+mlflow.end_run()
+run.finish()
+exp.end()
+report(summary=str(monitor.summary()))
+"""
 LOOPS = ["explicit", "implicit", "in_parts", "defined"]
 
 SCRIPTS = {
@@ -143,6 +173,7 @@ SCRIPTS = {
         for order, (starts, ends) in ORDERS.items()
     },
     "apart": (APART, {}),
+    "parts": (PARTS, {}),
     "users": (USERS, {}),
     "users with memtrack": (USERS, {"WITH": "1"}),
 }
@@ -231,6 +262,50 @@ def test_windows_that_are_asked_for_end_apart(tmp_path):
                     pass
     stamps = [round(row.end_wall_ns / 1e6) for row in rows(monitor.path)]
     assert len(set(stamps)) == len(stamps) >= 61
+
+
+# -- phases and epochs ----------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_phases_and_epochs(trainings, mlflow_server):
+    """Each tracker has it as a table, with the peak where it stood and the growth, and as text; the user's artifacts
+    and steps are as they were."""
+    done, folder = trainings("parts")
+    client, run_id = mlflow_server.client(), done.result["mlflow"]
+    path = client.download_artifacts(run_id, "memtrack/phases_and_epochs.json", str(folder))
+    tables = {"mlflow": json.loads(Path(path).read_text())}
+    (path,) = folder.glob(f"**/*{done.result['wandb']}/files/media/table/memtrack/*.table.json")
+    tables["wandb"] = json.loads(path.read_text())
+    experiment = archive(folder, done.result["comet"])
+    with zipfile.ZipFile(experiment) as packed:
+        (upload,) = [
+            message["payload"]
+            for message in read_archive(experiment).messages
+            if message["payload"].get("additional_params", {}).get("fileName") == "memtrack_phases_and_epochs.csv"
+        ]
+        columns, *lines = csv.reader(packed.read(upload["file_path"]).decode().splitlines())
+    tables["comet"] = {"columns": columns, "data": lines}
+
+    for tracker, table in tables.items():
+        parts = {row[1]: dict(zip(table["columns"], row, strict=True)) for row in table["data"]}
+        assert list(parts) == ["train", "validation", "0", "1", "2"], tracker
+        peaks = {name: float(part["peak_rss_mib"]) for name, part in parts.items()}
+        assert peaks["1"] == peaks["train"], tracker
+        assert peaks["1"] - peaks["0"] == pytest.approx(200.0, rel=0.1), tracker
+        assert int(parts["1"]["peak_step"]) == int(parts["train"]["peak_step"]) == 15, tracker
+        growths = {name: float(part["growth_mib"]) for name, part in parts.items()}
+        assert growths["train"] == pytest.approx(60.0, abs=8.0), tracker
+        assert [growths[name] for name in "012"] == pytest.approx([20.0] * 3, abs=6.0), tracker
+        assert 0.0 < float(parts["1"]["limit_pct"]) < 100.0, tracker
+
+    tags = client.get_run(run_id).data.tags
+    assert [line.partition(":")[0] for line in tags["memtrack.epochs"].splitlines()] == ["0", "1", "2"]
+    shown = json.loads(tags["mlflow.loggedArtifacts"])
+    assert shown == [{"path": "memtrack/phases_and_epochs.json", "type": "table"}]
+    assert sorted(found.path for found in client.list_artifacts(run_id)) == ["memtrack", "own.json"]
+    assert not wandb_lab.read_run(folder, done.result["wandb"]).history
+    assert "  epochs\n    0 " in done.result["summary"]
+    assert "memtrack" not in done.stderr
 
 
 # -- several runs of several trackers -------------------------------------------------------------------------------

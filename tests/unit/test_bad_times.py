@@ -47,6 +47,7 @@ class World:
             cpu_clock_ns=lambda: self.clock.cpu_ns,
             on_window=self._store,
             on_phase=self.writer.put_phase,
+            on_epoch=self.writer.put_epoch,
         )
 
     def _store(self, row):

@@ -164,6 +164,7 @@ def sampler_of(found, clock, on_window):
         cpu_clock_ns=clock.process_time_ns,
         on_window=on_window,
         on_phase=lambda row: None,
+        on_epoch=lambda *epoch: None,
     )
 
 

@@ -86,10 +86,10 @@ class VirtualMarks:
         self.all = []
         self.read = 0
 
-    def move(self, *phases, step=-1):
+    def move(self, *phases, step=-1, epoch=-1):
         """Enter or leave phases, so that these are open."""
-        self.now = Place(step, -1, phases)
-        body = layout.MARK_BODY.pack(layout.PHASE_BEGIN, len(phases), 1, -1, step, self.clock.now_ns, 0.0)
+        self.now = Place(step, epoch, phases)
+        body = layout.MARK_BODY.pack(layout.PHASE_BEGIN, len(phases), 1, epoch, step, self.clock.now_ns, 0.0)
         path = layout.MARK_PATH.pack(*phases, *(0,) * (layout.MAX_DEPTH - len(phases)))
         self.all.append(Mark(body + path))
 
@@ -113,6 +113,7 @@ class Bench:
         self.marks = VirtualMarks(self.clock)
         self.windows = []
         self.phases = {}
+        self.epochs = {}
         self.seen_marks = []
         self.ticks = []
         self.sampler = Sampler(
@@ -125,6 +126,7 @@ class Bench:
             cpu_clock_ns=self.clock.process_time_ns,
             on_window=self.windows.append,
             on_phase=lambda row: self.phases.__setitem__(row.first, row.copy()),
+            on_epoch=lambda row, epoch, number: self.epochs.__setitem__((number, epoch), row.copy()),
             on_marks=self.seen_marks.extend,
             **options,
         )
