@@ -3,14 +3,15 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
+QUIET := --disable-pip-version-check --quiet --quiet
+PIP := $(BIN)/python -m pip $(QUIET)
 
 # MLflow would send usage statistics from every run of the demo and the tests.
 export MLFLOW_DISABLE_TELEMETRY = true
 export DO_NOT_TRACK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench soak fuzz wheel clean
+.PHONY: help demo test suite floors lint bench soak fuzz wheel clean
 
 # For how long, and where findings and what was tried are left.
 FUZZ_SECONDS ?= 1200
@@ -36,13 +37,40 @@ $(READY): pyproject.toml
 demo: $(READY)  ## train a small model and show where its memory went
 	@MPLBACKEND=Agg $(BIN)/python examples/demo.py
 
+test:  ## every test but the slow ones, and the frameworks once more with their lowest versions
+	@$(MAKE) --no-print-directory suite
+	@$(MAKE) --no-print-directory floors
+
 # Two at a time: most of them wait for servers and processes.
-test: $(READY) $(VENV)/.frameworks  ## every test but the slow ones
-	@MPLBACKEND=Agg $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(PYTEST_ARGS)
+PYTEST := -m pytest -n 2 --dist loadfile -m "not slow"
+
+suite: $(READY) $(VENV)/.frameworks
+	@MPLBACKEND=Agg $(BIN)/python $(PYTEST) $(PYTEST_ARGS)
 
 $(VENV)/.frameworks: $(READY)
 	@echo "  installing the frameworks that the tests train with ..."
 	@$(PIP) install --compile --group test-frameworks
+	@touch $@
+
+# The lowest versions that are supported of the frameworks, some of which later Pythons have no wheels of.
+FLOORS := .venv-floors
+FRAMEWORKS := lightning keras huggingface accelerate pytorch
+
+ifneq (,$(findstring Python 3.11,$(shell $(PYTHON) --version)))
+floors: $(FLOORS)/.ready
+	@MPLBACKEND=Agg $(FLOORS)/bin/python $(PYTEST) $(PYTEST_ARGS) \
+	  $(wildcard $(FRAMEWORKS:%=tests/integrations/test_%*.py))
+else
+floors:
+	@echo "the lowest versions of the frameworks: tested with Python 3.11 only"
+endif
+
+$(FLOORS)/.ready: pyproject.toml
+	@echo "setting up $(FLOORS) (one to two minutes, once) ..."
+	@test -x $(FLOORS)/bin/python || $(PYTHON) -m venv $(FLOORS)
+	@$(FLOORS)/bin/python -m pip $(QUIET) install --upgrade 'pip>=25.1'
+	@$(FLOORS)/bin/python -m pip $(QUIET) install --compile --editable . --group test-floors
+	@$(FLOORS)/bin/python -m compileall -q memtrack integrations
 	@touch $@
 
 soak: $(READY)  ## the slow tests: long runs, outages, many workers
@@ -75,6 +103,6 @@ wheel: $(READY)  ## build dist/*.whl
 	@ls dist
 
 clean:  ## remove .venv and everything that runs leave behind
-	@rm -rf $(VENV) build dist .memtrack test-artifacts mlruns mlartifacts mlflow.db
+	@rm -rf $(VENV) $(FLOORS) build dist .memtrack test-artifacts mlruns mlartifacts mlflow.db
 	@rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	@find memtrack integrations tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
