@@ -63,14 +63,16 @@ def pytest_runtest_protocol(item):
     """A test marked ``alone`` measures time: no other process of the suite tests meanwhile.
 
     Two locks, which the kernel takes back whatever happens: who waits to be alone stands in the door, so that the
-    others, which come again and again, cannot keep it waiting for ever.
+    others, which come again and again, cannot keep it waiting for ever. MEMTRACK_TEST_ROOM names their folder when
+    several suites test at once.
     """
     workers = getattr(item.config, "workerinput", None)
-    if workers is None:
+    folder = os.environ.get("MEMTRACK_TEST_ROOM")
+    if folder is None and workers is None:
         return (yield)
     import fcntl
 
-    folder = os.path.join(tempfile.gettempdir(), f"memtrack-tests-{workers['testrunuid']}")
+    folder = folder or os.path.join(tempfile.gettempdir(), f"memtrack-tests-{workers['testrunuid']}")
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, "door"), "w") as door, open(os.path.join(folder, "room"), "w") as room:
         fcntl.flock(door, fcntl.LOCK_EX)
