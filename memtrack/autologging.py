@@ -139,6 +139,11 @@ def join(asked: dict[str, Any] | None) -> Monitor | None:
     return active.monitor
 
 
+def follows(tracker: str) -> bool:
+    """Whether the runs of a tracker are followed: for who knows of runs that its own functions do not tell of."""
+    return tracker in _undo
+
+
 def _follow_all(names: Iterable[str] | None, known: Iterable[str], load: Callable[[str], object]) -> None:
     for name in known if names is None else [names] if isinstance(names, str) else list(names):
         if name not in known:

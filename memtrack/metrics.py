@@ -172,7 +172,7 @@ PATTERNS: tuple[Metric, ...] = (
     Metric(ALLOCATOR_SLACK, "%", "share of the reserved memory that no tensor uses"),
     Metric(ALLOCATOR_SPLIT, "MiB", "free parts of blocks that are in use: cannot be given back"),
     Metric(ALLOCATOR_UNUSABLE, "%", "share of the reserved memory that is such parts"),
-    Metric(ALLOCATOR_RETRIES, "1", "how often the cache was given back to make room"),
+    Metric(ALLOCATOR_RETRIES, "1", "how often the cache was given back for want of memory"),
     Metric(ALLOCATOR_OOMS, "1", "how often the allocator has run out of memory"),
     Metric(ALLOCATOR_LIMIT, "MiB", "the most that JAX's allocator may take"),
     Metric(ALLOCATOR_LARGEST_FREE, "MiB", "the largest piece that JAX's allocator has free"),

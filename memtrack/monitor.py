@@ -349,9 +349,17 @@ class Monitor:
                 selective=self.settings.selective,
                 figures=self._figures,
                 hand_over=self._handover.put,
-                on_turn=self._keeper.look,
+                on_turn=self._on_turn,
                 on_lag=lambda windows: self._marks.gauge(metrics.SELF_UNDELIVERED, windows),
             )
+
+    def _on_turn(self) -> None:
+        """The relay's: look after the agent, and note what the frameworks' allocators say where no callback does."""
+        self._keeper.look()
+        if self._own:
+            from memtrack.allocators import shared
+
+            shared.publish(self._marks)
 
     def _figures(self, start_ns: int, end_ns: int | None) -> RunFigures:
         from memtrack.analysis.summary import figures_of

@@ -6,24 +6,28 @@ It is public for those who write a callback for another framework.
 from __future__ import annotations
 
 import sys
-from time import monotonic_ns
 from typing import TYPE_CHECKING
 
 from memtrack import api, autologging, config
-from memtrack.allocators import Allocators
+from memtrack.allocators import shared as allocators
 from memtrack.collectors.procfs import PAGE_MIB, open_held
 from memtrack.monitor import active
 from memtrack.notices import warn_once
+from memtrack.sampling.window import NO_STEP
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
 STEP_PEAK = "memory/step/rss_peak_mib"
-"""The highest resident memory since the row before: the peak of the steps that a row of the user's log is of."""
+"""The highest resident memory since the row before: the peak of the steps that a row of the user's log is of. Where
+the framework has a row for each epoch, it is ``memory/epoch/rss_peak_mib``."""
 
-ALLOCATOR_S = 1.0
-"""How often the framework's allocator is asked at the most: its figures are sampled once a second."""
+
+def step_reached() -> int | None:
+    """The step that was marked last in this process, by whomever; -1 if none was, None while nothing is monitoring."""
+    marks = active.marks
+    return None if marks is None else marks.last_step
 
 
 class _Peak:
@@ -74,10 +78,8 @@ class Training:
         config.resolve({name: value for name, value in settings.items() if name not in ("trackers", "frameworks")})
         self._asked = None if automatic else settings
         self._phases: list[str] = []
-        self._open: api.phase | None = None
+        self._open: tuple[str, api.phase] | None = None
         self._peak: _Peak | None = None
-        self._allocators = Allocators()
-        self._allocators_due_ns = 0
         self.step = api.step
         """``step(number)``: the training has reached this step, as :func:`memtrack.step`."""
         self.epoch = api.epoch
@@ -98,12 +100,13 @@ class Training:
         return active.marks is not None
 
     def end(self) -> None:
-        """The training is over, however it went; monitoring goes on."""
+        """The training is over, however it went; monitoring goes on. What comes now is in none of its epochs."""
         self._phases.clear()
         self._reopen()
+        api.epoch(NO_STEP)
 
     def enter(self, phase: str) -> None:
-        """A phase begins; the one that was open pauses."""
+        """A phase begins; the one that was open pauses, unless it is the same."""
         self._phases.append(phase)
         self._reopen()
 
@@ -114,9 +117,10 @@ class Training:
                 pass
             self._reopen()
 
-    def row(self) -> dict[str, float]:
+    def row(self, of: str = "step") -> dict[str, float]:
         """Figures for the user's own row of metrics, since the last call; empty while nothing is monitoring.
 
+        ``of`` is what the framework has a row of, "step" or "epoch"; it stands in the name of the first figure.
         ``memory/step/rss_peak_mib`` is the highest resident memory in MiB: exact if the process never stood higher,
         else as sampled. Where a framework's allocator has figures these come along, see ``memtrack.allocators``; they
         are set as gauges, too, once a second. Takes some microseconds.
@@ -125,7 +129,7 @@ class Training:
         if marks is None or peak is None:
             return {}
         try:
-            figures = {STEP_PEAK: peak.take_mib(marks.take_peak_mib())}
+            figures = {f"memory/{of}/rss_peak_mib": peak.take_mib(marks.take_peak_mib())}
             figures.update(self.allocations())
             return figures
         except Exception as exc:
@@ -134,17 +138,15 @@ class Training:
 
     def allocations(self) -> dict[str, float]:
         """What the allocators of the frameworks say, in MiB by name of metric; set as gauges once a second."""
-        figures = self._allocators.read()
-        now_ns = monotonic_ns()
-        if figures and now_ns >= self._allocators_due_ns:
-            self._allocators_due_ns = now_ns + int(ALLOCATOR_S * 1e9)
-            for name, value in figures.items():
-                api.gauge(name, value)
-        return figures
+        marks = active.marks
+        return {} if marks is None else allocators.publish(marks)
 
     def _reopen(self) -> None:
+        phase = self._phases[-1] if self._phases else None
         if self._open is not None:
-            self._open.__exit__(None, None, None)
+            if self._open[0] == phase:
+                return
+            self._open[1].__exit__(None, None, None)
             self._open = None
-        if self._phases:
-            self._open = api.phase(self._phases[-1]).__enter__()
+        if phase is not None:
+            self._open = (phase, api.phase(phase).__enter__())

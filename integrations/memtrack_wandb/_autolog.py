@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
     from memtrack.sinks.following import Attach
 
-STARTED = "_on_start"
+STARTED, FINISHED = "_on_start", "_finish"
 
 
 class _WandbFollower(Follower):
-    """Learns of runs from three methods of W&B's ``Run``, and from the end of the interpreter.
+    """Learns of runs from two methods of W&B's ``Run``, and from the end of the interpreter.
 
     ``wandb.init``, by whatever name it was imported, calls ``_on_start`` as its last step; a process that joins a run
-    of another does not. ``finish`` and ``__exit__`` are the ends. Where neither is called, W&B ends its runs in a
-    function that it has registered with ``atexit`` when the first one began, so that what is registered at each start
-    comes before.
+    of another does not. ``_finish`` is the end that ``finish`` and ``__exit__`` come to; a ``with`` statement that runs
+    already has got hold of its ``__exit__``. Where neither is called, W&B ends its runs in a function that it has
+    registered with ``atexit`` when the first one began, so that what is registered at each start comes before.
     """
 
     def install(self, wandb: Any) -> None:
@@ -35,8 +35,7 @@ class _WandbFollower(Follower):
         else:
             warn_once("wandb start", "in this version of W&B memtrack only follows runs that are there already.")
         # before: W&B drops what comes after the end
-        self.before(kind, "finish", self._on_finish)
-        self.before(kind, "__exit__", self._on_exit)
+        self.before(kind, FINISHED, self._on_finish)
         for run in active_runs(wandb):
             self._on_start(run)
 
@@ -56,9 +55,6 @@ class _WandbFollower(Follower):
 
     def _on_finish(self, run: Any, exit_code: int | None = None, *_: Any, **__: Any) -> None:
         self.ended(id(run), exit_code)
-
-    def _on_exit(self, run: Any, kind: Any = None, *_: Any, **__: Any) -> None:
-        self.ended(id(run), 0 if kind is None else 1)
 
 
 def autolog(attach: Attach) -> Callable[[], None]:

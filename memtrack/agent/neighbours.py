@@ -24,6 +24,9 @@ TIMEOUT_S = 0.1
 KILLERS = ("earlyoom", "nohang", "oomd", "systemd-oomd", "bustd", "slurmstepd")
 """Programs that kill others when memory is short, as the kernel calls them."""
 
+TORCH_WORKER = "pt_data_worker"
+"""What torch calls the workers of a DataLoader."""
+
 DASK = ("dask", "dask-worker", "dask-nanny", "dask-cuda-worker")
 """Programs that run a Dask nanny, which ends its worker at 95 % of the worker's own limit."""
 
@@ -49,7 +52,7 @@ def largest(pids: Iterable[int], leave_out: Iterable[int], count: int = 5, proc:
         if pages:
             found.append((pages * PAGE_MIB, pid))
     found.sort(reverse=True)
-    return [(pid, name_of(pid, proc), rss_mib) for rss_mib, pid in found[:count]]
+    return [(pid, title_of(name_of(pid, proc)), rss_mib) for rss_mib, pid in found[:count]]
 
 
 def pids_of_cgroup(level: Level) -> Iterator[int]:
@@ -114,6 +117,14 @@ def name_of(pid: int, proc: str = "/proc") -> str:
     except OSError:
         return ""
     return "".join(char if char.isprintable() else "?" for char in name)
+
+
+def title_of(name: str) -> str:
+    """A process in words, by its name. ``memtrack_pytorch.watch`` calls the workers of a DataLoader by numbers."""
+    if name == TORCH_WORKER:
+        return "DataLoader worker"
+    kind, _, number = name.partition(" ")
+    return f"DataLoader worker {number}" if kind == "DataLoader" and number.isdecimal() else name
 
 
 def has_sigkill(pid: int, proc: str = "/proc") -> bool:

@@ -12,7 +12,7 @@ import os
 from memtrack import metrics
 from memtrack.agent import exit_status
 from memtrack.agent.kernel_log import KernelLog
-from memtrack.agent.neighbours import has_sigkill, name_of, nanny_of
+from memtrack.agent.neighbours import TORCH_WORKER, has_sigkill, name_of, nanny_of, title_of
 from memtrack.agent.trial import hear
 from memtrack.collectors.oom import KillCounters, oomd_kills
 from memtrack.collectors.procfs import pids_are_true
@@ -66,7 +66,7 @@ class OtherKill:
         """Whom it met, in words."""
         if not self.pid:
             return "one of its processes" if self.is_member else "another process of the cgroup"
-        return f"{self.name or 'process'} ({self.pid})"
+        return f"{title_of(self.name) or 'process'} ({self.pid})"
 
 
 class _Known:
@@ -122,6 +122,7 @@ class Witness:
         """What went wrong in a look, last."""
         self.oomd_before = self.oomd_now()
         self._nanny: str | None = None
+        self._first_names = (name_of(pid, proc), TORCH_WORKER)
 
     def note(self, now_ns: int, latest: dict[str, float]) -> None:
         """Called after each sample: costs a microsecond but for a look now and then."""
@@ -178,6 +179,9 @@ class Witness:
                 before = _Known(member, name_of(member.pid, self._proc))
             elif (not is_fresh or member.read_rss()) and member.rss_mib > 0.0:
                 before.rss_mib = member.rss_mib
+                if is_fresh and before.name in self._first_names:
+                    # a worker has its parent's name until it is given one, which may take seconds
+                    before.name = name_of(member.pid, self._proc) or before.name
             present[member.pid] = before
         self._known = present
         if self._nanny is None:

@@ -138,7 +138,7 @@ def test_the_history_is_as_without_memtrack(wandb_train, tmp_path):
 GALLERY = f"""
 import memtrack, wandb
 from wandb.sdk.wandb_run import Run
-originals = {{name: vars(Run)[name] for name in ("_on_start", "finish", "__exit__")}}
+originals = {{name: vars(Run)[name] for name in ("_on_start", "_finish")}}
 init = wandb.init
 memtrack.autolog({FAST})
 assert all(vars(Run)[name] is not originals[name] for name in originals) and wandb.init is init

@@ -234,10 +234,11 @@ def test_failure_after_a_worker_was_killed():
     verdict = judge(case(status=exited(1), farewell=raised("RuntimeError"), others=[worker(2.0)]))
     assert verdict.kind == "failed"
     assert verdict.text.endswith(
-        "; 2.0 s before, its worker pt_data_worker (77) was killed out of memory (confirmed)"
+        "; 2.0 s before, its worker DataLoader worker (77) was killed out of memory (confirmed)"
         f" at the limit of 300.0 MiB ({SOURCE})"
     )
-    assert "its process pt_data_worker (77), last 55.0 MiB, was killed out of memory 2.0 s before" in verdict.evidence
+    told = "its process DataLoader worker (77), last 55.0 MiB, was killed out of memory 2.0 s before"
+    assert told in verdict.evidence
 
 
 @pytest.mark.parametrize("other", [worker(61.0), worker(2.0, is_member=False)], ids=["long ago", "a neighbour's"])

@@ -236,12 +236,38 @@ def test_worker_that_vanishes_is_named(scene):
     before_ns = one.now_ns
     one.pass_time(2.0)
     (event,) = one.events()
-    assert event.text == "pt_data_worker (4300), last 90.0 MiB, was killed out of memory"
+    assert event.text == "DataLoader worker (4300), last 90.0 MiB, was killed out of memory"
     assert event.value == 90.0
     assert event.time_ns - before_ns <= 2 * SECOND_NS
     (other,) = one.witness.others
     assert (other.pid, other.is_member, other.certain) == (WORKER, True, False)
     assert not one.end()
+
+
+@pytest.mark.parametrize("before", ["python", "pt_data_worker"])
+def test_worker_that_is_given_a_name_later(scene, before):
+    """It was seen first under its parent's name, or under the one that torch gives to all of them."""
+    one = scene()
+    comm = one.folder / f"proc/{WORKER}/comm"
+    one.proc.add(4301, parent=PID, rss_mib=80)
+    for pid in (WORKER, 4301):
+        (one.folder / f"proc/{pid}/comm").write_text(f"{before}\n")
+    one.pass_time(1.5)
+    comm.write_text("DataLoader 12\n")
+    one.pass_time(1.5)
+    one.count(1)
+    one.kill(WORKER)
+    one.pass_time(2.0)
+    (event,) = one.events()
+    assert event.text.startswith("DataLoader worker 12 (4300), last ")
+
+
+def test_names_in_words():
+    """Only those that torch and memtrack give to workers are another word."""
+    assert neighbours.title_of("pt_data_worker") == "DataLoader worker"
+    assert neighbours.title_of("DataLoader 3") == "DataLoader worker 3"
+    for name in ("DataLoader", "DataLoader x", "python", "", "my DataLoader 3"):
+        assert neighbours.title_of(name) == name
 
 
 def test_several_workers(scene):
@@ -282,7 +308,7 @@ def test_worker_named_by_the_log(scene):
     one.kill(4301)
     one.pass_time(1.5)
     (event,) = one.events()
-    assert event.text == "pt_data_worker (4300), last 95.0 MiB, was killed out of memory"
+    assert event.text == "DataLoader worker (4300), last 95.0 MiB, was killed out of memory"
     assert one.witness.others[0].certain
     assert not one.end()
 
