@@ -63,6 +63,11 @@ ALLOCATOR_OOMS = "memory/torch_cuda{}/ooms"
 ALLOCATOR_LIMIT = "memory/torch_cuda{}/limit_mib"
 ALLOCATOR_LARGEST_FREE = "memory/torch_cuda{}/largest_free_mib"
 """Of the frameworks' own allocators, on any kind of device: ``find`` takes ``torch_xpu0``, ``jax_0``, ``tf_0`` too."""
+RANKS_MIN = "memory/ranks/rss_min_mib"
+RANKS_MEAN = "memory/ranks/rss_mean_mib"
+RANKS_MAX = "memory/ranks/rss_max_mib"
+RANKS_WORST = "memory/ranks/worst_rank"
+RANKS_ALIVE = "memory/ranks/alive"
 
 SELF_AGENT_RSS = "memory/self/agent_rss_mib"
 SELF_CPU = "memory/self/cpu_pct"
@@ -142,6 +147,11 @@ TABLE: tuple[Metric, ...] = (
     Metric(HOST_PRESSURE, "%", "share of the last 10 s in which some task waited for memory (PSI)", default=True),
     Metric(HOST_SWAP, "MiB", "swap in use on this machine", otel="system.paging.usage"),
     Metric(HOST_DEV_SHM, "MiB", "/dev/shm in use (DataLoader workers pass batches through it)"),
+    Metric(RANKS_MIN, "MiB", "smallest resident memory among the ranks of a distributed training here", default=True),
+    Metric(RANKS_MEAN, "MiB", "mean of their resident memory", default=True),
+    Metric(RANKS_MAX, "MiB", "largest of their peaks", default=True),
+    Metric(RANKS_WORST, "1", "number of the rank that has had the largest peak so far", default=True),
+    Metric(RANKS_ALIVE, "1", "how many of them live and are recorded", default=True),
     Metric(SELF_AGENT_RSS, "MiB", "resident memory of memtrack's agent", default=True),
     Metric(SELF_CPU, "%", "share of one core that the agent takes", default=True),
     Metric(SELF_LATENESS, "ms", "how late samples were taken"),

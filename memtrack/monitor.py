@@ -9,7 +9,7 @@ import time
 from typing import TYPE_CHECKING
 
 from memtrack import config, metrics
-from memtrack.agent import adoption, trainer
+from memtrack.agent import adoption, job, trainer
 from memtrack.agent.handover import Handover
 from memtrack.agent.keeper import Keeper
 from memtrack.agent.launch import AgentHandle, spawn
@@ -310,6 +310,8 @@ class Monitor:
             opened.append(reader := RecordingReader(self.path))
             if relieving:
                 marks.go_on()
+            if self._own:
+                marks.tell_rank(job.rank_now())
             return marks, reader, self._spawn(relieving=relieving)
         except BaseException:
             for part in opened:

@@ -9,6 +9,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from memtrack import api, autologging, config
+from memtrack.agent import job
 from memtrack.allocators import shared as allocators
 from memtrack.collectors.procfs import PAGE_MIB, open_held
 from memtrack.monitor import active
@@ -28,6 +29,29 @@ def step_reached() -> int | None:
     """The step that was marked last in this process, by whomever; -1 if none was, None while nothing is monitoring."""
     marks = active.marks
     return None if marks is None else marks.last_step
+
+
+def gather_ranks() -> bool:
+    """Tell memtrack that the ranks of a distributed training have been started, this process being one of them.
+
+    On each node the first rank's run then shows all of them: ``memory/ranks/…``. There is no need to call it where
+    the launcher says in the environment which rank a process is (``torchrun``, ``accelerate launch``, ``mpirun``,
+    ``srun``), but where that is known only later: in the first rank of Lightning's ``ddp``, and in what
+    ``torch.multiprocessing.spawn`` has started, after ``init_process_group`` and :func:`memtrack.autolog`.
+
+    Returns whether this process is a rank among several, and monitored. May be called twice. Never raises.
+    """
+    try:
+        if active.monitor is None:
+            autologging.join(None)
+        rank, marks = job.rank_now(), active.marks
+        if rank is None or marks is None:
+            return False
+        marks.tell_rank(rank)
+        return True
+    except Exception as exc:
+        warn_once("ranks", f"memtrack does not gather the ranks ({type(exc).__name__}: {exc}).")
+        return False
 
 
 class _Peak:

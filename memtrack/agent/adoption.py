@@ -21,7 +21,7 @@ PATIENCE_S = 1.0
 
 _SAME_PROCESS = ("pid", "start_ticks", "boot_id", "pid_ns")
 _SAME_SETTINGS = ("size", "interval_s", "tick_s", "cpu_budget_pct")
-_OURS = ("own", "program", "end_run", "keep", "keep_days", "metrics", "selective", "stacks", "python")
+_OURS = ("own", "program", "launcher", "end_run", "keep", "keep_days", "metrics", "selective", "stacks", "python")
 """Fields of the header that become those of the process."""
 
 

@@ -6,6 +6,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from memtrack.agent.kernel_log import Kill
     from memtrack.agent.neighbours import Process
+    from memtrack.agent.ranks import Death
     from memtrack.agent.witness import OtherKill, Sampled
     from memtrack.recording.records import Stack
 
@@ -13,6 +14,9 @@ LOW_PCT = 5.0
 """Headroom below which an out-of-memory kill is likely."""
 SHORT_PCT = 10.0
 """Headroom below which programs such as earlyoom act by default."""
+
+FEW_RANKS = 3
+"""How many ranks that had ended before are told of."""
 
 _LIBRARIES = ("site-packages/", "lib/python3.", "<")
 """How frames begin that are not of the user's own code."""
@@ -48,6 +52,8 @@ class Case:
         """The line of the kernel log about this process."""
         self.log_readable = False
         self.others: list[OtherKill] = []
+        self.ranks: list[Death] = []
+        """Other ranks of the same training that had ended badly before, the first of them first."""
         self.neighbours: list[Process] = []
         self.neighbours_of = ""
         self.killers: list[str] = []
@@ -120,6 +126,10 @@ def circumstances(case: Case) -> list[str]:
         if kill.pid:
             who = f"its process {who}" if kill.is_member else f"{who} of the same cgroup"
         lines.append(f"{who}{last} was killed out of memory {seconds:.1f} s before{how}")
+    for rank in case.ranks[:FEW_RANKS]:
+        peak = f", peak {size(rank.peak_mib)}," if rank.peak_mib else ""
+        seconds = (case.now_ns - rank.time_ns) / 1e9
+        lines.append(f"{rank.who()}{peak} {rank.how} {seconds:.1f} s before; its recording is {rank.recording}")
     if case.limit_mib is not None:
         lines.append(f"the limit that was nearest: {size(case.limit_mib)} ({case.limit_source}); {left(case)}")
     lines += growth(case.samples)

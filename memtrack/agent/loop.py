@@ -10,6 +10,7 @@ from time import monotonic_ns, process_time_ns, sleep, time_ns
 
 from memtrack import collectors, metrics
 from memtrack.agent import aftermath, exit_status, relief
+from memtrack.agent.ranks import RankCollector
 from memtrack.agent.stacks import StackWatch
 from memtrack.agent.witness import Witness
 from memtrack.collectors.own import GaugeCollector, OwnCollector
@@ -61,8 +62,9 @@ class Agent:
         found, sight = collectors.build(self._pid, exclude=os.getpid(), environ=environ, choice=choice)
         self._limit_source = sight.limit_source
         self._witness = Witness(self._writer, self._pid, self._start_ticks, self._pid_fd, sight, now_ns)
+        self._witness.ranks = self._ranks = RankCollector(self._writer, path, fields, now_ns)
         self._sampler = Sampler(
-            [*found, GaugeCollector(self._marks.gauges), own],
+            [*found, GaugeCollector(self._marks.gauges), self._ranks, own],
             self._marks,
             interval_s=float(fields["interval_s"]),
             tick_s=float(fields["tick_s"]),
@@ -128,6 +130,7 @@ class Agent:
             epochs = reader.epochs()
             seen = epochs[-1].last_number + 1 if epochs else 0
             self._sampler.go_on(self._writer.windows, reader.phases().values(), seen)
+            self._ranks.go_on(reader.phases())
             before = reader.head()
             self._head.cut, self._cpu_before_ns = before.cut, before.agent_cpu_ns
             last_ns = reader.pulse().mono_ns

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 
+from memtrack.agent.job import launcher_of
 from memtrack.collectors.procfs import program_name, start_ticks
 from memtrack.errors import MonitorError
 from memtrack.recording import layout
@@ -28,6 +29,7 @@ def header(settings: Settings, pid: int, *, is_own: bool, has_stacks: bool) -> d
         "start_ticks": str(start_ticks_of(pid)),
         "boot_id": boot_id(),
         "program": program_name(pid),
+        "launcher": launcher_of() if is_own else "",
         "wall_ns": str(time.time_ns()),
         "mono_ns": str(time.monotonic_ns()),
         "interval_s": repr(settings.interval_s),

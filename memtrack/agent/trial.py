@@ -43,6 +43,8 @@ def hear(witness: Witness, now_ns: int, place: Place) -> Verdict:
             case.killers, case.nanny = neighbours.killers(), witness.nanny
     if is_short or case.kill is not None or case.was_counted or case.others:
         _look_around(case, witness, level)
+    if case.status != 0:
+        case.ranks = witness.rank_deaths(now_ns)
     verdict = judge(case)
     if witness.trouble and verdict.kind != "clean":
         verdict.evidence.append(f"memtrack could not always look: {witness.trouble}")

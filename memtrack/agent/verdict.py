@@ -48,6 +48,7 @@ def judge(case: Case) -> Verdict:
     else:
         verdict = _exited(case, os.WEXITSTATUS(status))
     if verdict.kind != "clean":
+        _blame_rank(case, verdict)
         verdict.evidence += circumstances(case)
     return verdict
 
@@ -110,6 +111,15 @@ def _blame_worker(case: Case, verdict: Verdict) -> None:
     seconds = (case.now_ns - first.time_ns) / 1e9
     who = f"its worker {first.who()}" if first.pid else "one of its workers"
     verdict.text += f"; {seconds:.1f} s before, {who} was killed out of memory (confirmed){at_limit(case)}"
+
+
+def _blame_rank(case: Case, verdict: Verdict) -> None:
+    """Say so if another rank had ended badly before: the others wait for it, until an exception or a signal comes."""
+    # what all ranks fail of alike is the fault of none
+    others = [rank for rank in case.ranks if f"the process {rank.how}" != verdict.text]
+    if others:
+        seconds = (case.now_ns - others[0].time_ns) / 1e9
+        verdict.text += f"; {seconds:.1f} s before, {others[0].who()} {others[0].how}"
 
 
 def _signalled(case: Case, number: int) -> Verdict:

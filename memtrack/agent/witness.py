@@ -21,6 +21,7 @@ from memtrack.recording.records import Verdict
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from memtrack.agent.kernel_log import Kill
+    from memtrack.agent.ranks import Death, RankCollector
     from memtrack.collectors import Sight
     from memtrack.collectors.tree import Member
     from memtrack.recording.writer import RecordingWriter
@@ -96,6 +97,8 @@ class Witness:
         log: KernelLog | None = None,
     ) -> None:
         self._writer = writer
+        self.ranks: RankCollector | None = None
+        """Who knows of the other ranks of a distributed training."""
         self._who = (pid, start_ticks, pid_fd)
         self._proc = proc
         self._sight = sight
@@ -310,6 +313,10 @@ class Witness:
         if self._unexplained > 0:
             self._find_victims(now_ns, is_over=True)
         return False
+
+    def rank_deaths(self, now_ns: int) -> list[Death]:
+        """Other ranks of a distributed training that had ended badly by then, oldest first."""
+        return [] if self.ranks is None else self.ranks.deaths(now_ns)
 
     def samples(self) -> list[Sampled]:
         """The last samples, oldest first, without those that were taken when the process had no memory any more."""

@@ -8,6 +8,7 @@ from memtrack import metrics
 from memtrack.analysis.stacks import peak_stack
 from memtrack.analysis.verdict import describe, verdict_of
 from memtrack.recording import layout
+from memtrack.recording.rank import rank_of
 from memtrack.sampling.window import BOUND, LABELS, NO_STEP, Row
 from memtrack.sinks.figures import PartFigures, RunFigures
 
@@ -111,6 +112,7 @@ def _figures(total: Row, reader: RecordingReader, windows: int) -> RunFigures:
         dropped=head.dropped,
         merged=head.merged,
     )
+    figures = _with_ranks(figures, cells, reader)
     if rss is None:
         return figures
     names = reader.names()
@@ -122,6 +124,17 @@ def _figures(total: Row, reader: RecordingReader, windows: int) -> RunFigures:
         peak_step=_known(rss.step),
         peak_epoch=_known(rss.epoch),
     )
+
+
+def _with_ranks(figures: RunFigures, cells: dict[str, Cell], reader: RecordingReader) -> RunFigures:
+    alive, worst, highest = (cells.get(name) for name in (metrics.RANKS_ALIVE, metrics.RANKS_WORST, metrics.RANKS_MAX))
+    if alive is None or worst is None or highest is None or not 0.0 <= worst.last < 1e9:
+        return figures
+    rank, peak_mib, own = int(worst.last), highest.max, rank_of(reader)
+    # of this rank more is known than stood in finished windows
+    if own is not None and metrics.RSS in cells and cells[metrics.RSS].max > peak_mib:
+        rank, peak_mib = own.number, cells[metrics.RSS].max
+    return figures._replace(ranks=_count(alive.max), worst_rank=rank, worst_rank_peak_mib=peak_mib)
 
 
 def _with_parts(
@@ -202,6 +215,9 @@ def render(summary: Summary, *, everything: bool = False) -> str:
     if figures.peak_tree_pss_mib is not None and figures.processes_max > 1:
         tree = f"{size(figures.peak_tree_pss_mib)} with all {figures.processes_max} processes"
         lines.append(f"  tree      {tree} (PSS: shared pages count once)")
+    if figures.ranks is not None and figures.worst_rank_peak_mib is not None:
+        worst = f"worst rank {figures.worst_rank} with {size(figures.worst_rank_peak_mib)} at its peak"
+        lines.append(f"  ranks     {figures.ranks}, {worst}")
     if figures.limit_mib is not None and figures.headroom_min_pct is not None:
         limit = f"{size(figures.limit_mib)} ({figures.limit_source})"
         lines.append(f"  headroom  {figures.headroom_min_pct:.0f} % at the least, of {limit}")

@@ -21,6 +21,9 @@ class Collector:
     """Seconds between two calls. 0 means at every tick of the sampler (tier 0). The sampler stretches it when the
     collector turns out to be expensive."""
 
+    asked_at_end: bool = False
+    """Whether ``collect`` is called once more when a window is cut on request, and when the recording ends."""
+
     stale: bool = False
     """Set by a collector that knows that what it said last no longer holds, and wants to be asked again early."""
 

@@ -99,9 +99,9 @@ MAX_CELLS = (PAGE - LINE) // LINE
 MAX_DEPTH = 8
 
 # control words, counted in 8 bytes from CONTROL
-CUT, STOP, MARKS_WRITTEN, MARKS_REFUSED, EXITING, RELIEF, PEAK = range(7)
+CUT, STOP, MARKS_WRITTEN, MARKS_REFUSED, EXITING, RELIEF, PEAK, RANK = range(8)
 """RELIEF is the pid of an agent that waits to take the place of the one that is there, and written by it. PEAK counts
-how often the trainer has asked for a new highest sample to be begun, see ``Pulse``."""
+how often the trainer has asked for a new highest sample to be begun, see ``Pulse``. RANK: see ``rank.Rank``."""
 
 # states of the agent
 STARTING, RUNNING, STOPPED, ENDED = range(4)
@@ -295,6 +295,7 @@ class Pulse:
 
 _ROW = struct.Struct("<IHHQQqqqq")
 _CELL = struct.Struct("<ddddfIqqiHBB")
+_METRIC = _CELL.size - 2
 
 
 def pack_row(row: Row, ids: dict[str, int], turn: int = 0) -> bytes:
@@ -355,6 +356,14 @@ def unpack_row(page: bytes, metrics: list[str]) -> Row | None:
         if metric < len(metrics) and 0 <= fields[6] < MAX_NUMBER:
             row.cells[metrics[metric]] = _cell(fields)
     return row
+
+
+def unpack_cell(page: bytes, metric: int) -> Cell | None:
+    """The cell of one metric, by its id, of a page that ``row_span`` finds whole; None if it has none."""
+    for at in range(LINE, LINE * (1 + row_cells(page)), LINE):
+        if page[at + _METRIC] == metric:
+            return _cell(_CELL.unpack_from(page, at))
+    return None
 
 
 def _cell(fields: tuple[float, ...]) -> Cell:

@@ -15,6 +15,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from memtrack.recording.rank import Rank
+
 _pack_now = NOW_BODY.pack
 _pack_mark = Struct(f"{MARK_BODY.format}{MARK_PATH.size}s").pack
 _pack_gauge = GAUGE_BODY.pack
@@ -32,6 +34,7 @@ _EXITING_WORD = layout.CONTROL // 8 + layout.EXITING
 _QUIET_WORD = layout.QUIET // 8
 _PEAK_WORD = layout.CONTROL // 8 + layout.PEAK
 _PULSE_WORD = layout.PULSE // 8
+_RANK_WORD = layout.CONTROL // 8 + layout.RANK
 _STOP_WORD = layout.CONTROL // 8 + layout.STOP
 _WRITTEN_WORD = layout.CONTROL // 8 + layout.MARKS_WRITTEN
 _REFUSED_WORD = layout.CONTROL // 8 + layout.MARKS_REFUSED
@@ -199,6 +202,11 @@ class MarkWriter:
     def request_stop(self) -> None:
         """Ask the agent to finish the recording and exit."""
         self._words[_STOP_WORD] = 1
+
+    def tell_rank(self, rank: Rank | None) -> None:
+        """Which rank of a distributed training this process is, for the agents of all of them."""
+        if rank is not None:
+            self._words[_RANK_WORD] = rank.pack()
 
     def silence_ns(self) -> int:
         """How long ago the agent took its last sample; huge before the first one."""

@@ -24,6 +24,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from memtrack.sampling.window import Cell
+
 
 TRIES = 3
 """How often windows that are not found are looked for: they may have moved, or be damaged."""
@@ -135,6 +137,13 @@ class RecordingReader:
         """Window ``number`` if it is still among the newest, at full resolution."""
         row = self._row(self.layout.ring_offset(number))
         return row if row is not None and row.first == row.last == number else None
+
+    def cell(self, number: int, metric: str) -> Cell | None:
+        """One metric of window ``number``, as ``window`` has it, for a fifth of the time."""
+        page = self._read(self.layout.ring_offset(number), layout.PAGE)
+        if layout.row_span(page) != (number, number) or metric not in (self._metrics or self.metrics()):
+            return None
+        return layout.unpack_cell(page, self._metrics.index(metric))
 
     def windows(self, since: int = 0) -> Iterator[Row]:
         """All windows from number ``since`` on, oldest first: merged history, then the newest at full resolution.

@@ -46,6 +46,7 @@ EVENT_KINDS = (
     "limit_changed",
     "oom_kill",
     "gpu",
+    "rank",
 )
 
 

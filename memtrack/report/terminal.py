@@ -37,6 +37,7 @@ STATE_STYLES = {"running": "green", "starting": "green", "lost its agent": "yell
 EVENT_STYLES = {
     "error": "red",
     "oom_kill": "red",
+    "rank": "red",
     "limit_near": "yellow",
     "limit_changed": "yellow",
     "gap": "yellow",

@@ -191,6 +191,7 @@ class Sampler:
         """Finish the current window with a last sample, store every phase, and count windows from now on."""
         self._high_water_due_ns = now_ns
         self.tick(now_ns, wall_ns)
+        self._ask_last(now_ns)
         self.cut(now_ns, wall_ns)
         self._scopes.store_all()
         self._window_due_ns = now_ns + self._interval_ns
@@ -203,6 +204,7 @@ class Sampler:
             self._account_for_glances()
         if self._marks.written() != self._marks_seen:
             self._pass_marks(now_ns)
+        self._ask_last(now_ns)
         self.cut(now_ns, wall_ns)
         self._scopes.store_all()
         for source in (*self._every_tick, *self._slower):
@@ -276,6 +278,11 @@ class Sampler:
                 source.due_ns = max(source.due_ns, now_ns - source.period_ns) + period_ns
             due_ns = min(due_ns, source.due_ns)
         self._slower_due_ns = due_ns
+
+    def _ask_last(self, now_ns: int) -> None:
+        for source in self._slower:
+            if source.collector.asked_at_end:
+                self._ask(source, now_ns, None)
 
     def _raise(self, metric: str, value: float, now_ns: int, places: list[Place] | None) -> None:
         """The kernel's high-water mark rose: the metric stood so high since the last look, whether sampled or not."""

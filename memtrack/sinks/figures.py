@@ -41,6 +41,11 @@ class RunFigures(NamedTuple):
     peak_epoch: int | None = None
     peak_tree_pss_mib: float | None = None
     processes_max: int = 1
+    ranks: int | None = None
+    """How many ranks of a distributed training there were on this node; None: this is not the first of several."""
+    worst_rank: int | None = None
+    """The one with the largest peak."""
+    worst_rank_peak_mib: float | None = None
     limit_mib: float | None = None
     limit_source: str = ""
     headroom_min_pct: float | None = None
@@ -81,6 +86,7 @@ class RunFigures(NamedTuple):
         """What is worth sorting runs by, as far as it is known."""
         names = (
             *("peak_rss_mib", "peak_tree_pss_mib", "peak_step", "headroom_min_pct", "limit_mib"),
+            *("ranks", "worst_rank", "worst_rank_peak_mib"),
             *("agent_rss_mib", "agent_cpu_pct", "windows", "dropped"),
         )
         found = {name: getattr(self, name) for name in names}
