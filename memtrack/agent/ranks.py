@@ -8,7 +8,7 @@ recording; who reads the first rank's finds it named there. The others find out 
 from __future__ import annotations
 
 import os
-from time import monotonic, sleep
+from time import monotonic, sleep, time_ns
 
 from memtrack import metrics
 from memtrack.agent.exit_status import zombie
@@ -61,8 +61,9 @@ class Death:
 class Peer:
     """A rank as its recording has it: what is new there since the last look, and whether it lives."""
 
-    def __init__(self, reader: RecordingReader, number: int, since_ns: int) -> None:
+    def __init__(self, reader: RecordingReader, number: int, since_ns: int, proc: str = "/proc") -> None:
         self.number = number
+        self._proc = proc
         self.reader = reader
         self.pid, self.start_ticks = int(reader.fields["pid"]), int(reader.fields["start_ticks"])
         self.is_alive = True
@@ -97,7 +98,7 @@ class Peer:
 
     def has_gone(self) -> bool:
         """Whether the process is dead, collected or not."""
-        is_there, status = zombie(self.pid, self.start_ticks)
+        is_there, status = zombie(self.pid, self.start_ticks, self._proc)
         return not is_there or status is not None
 
     def death(self) -> Death | None:
@@ -136,7 +137,10 @@ class RankCollector(Collector):
     period_s = PERIOD_S
     asked_at_end = True
 
-    def __init__(self, writer: RecordingWriter, path: str, fields: Mapping[str, str], now_ns: int) -> None:
+    def __init__(
+        self, writer: RecordingWriter, path: str, fields: Mapping[str, str], now_ns: int, proc: str = "/proc"
+    ) -> None:
+        self._proc = proc
         self.period_s = max(PERIOD_S, float(fields["interval_s"]))
         self._writer = writer
         self._fields = fields
@@ -225,7 +229,8 @@ class RankCollector(Collector):
         try:
             changed_ns = os.stat(self._folder).st_mtime_ns
             if changed_ns != self._folder_ns:
-                self._folder_ns = changed_ns
+                # a file that comes within the same tick of the file system's clock does not move it on
+                self._folder_ns = changed_ns if time_ns() - changed_ns > 10**9 else 0
                 names = sorted(name for name in os.listdir(self._folder) if name.endswith(SUFFIX))[-MAX_FILES:]
                 self._pending += [name for name in names if name not in self._names]
                 self._names = set(names)
@@ -243,12 +248,12 @@ class RankCollector(Collector):
         is_kept = False
         try:
             if name == self._name:
-                is_kept = self._add(Peer(reader, self._number(), self._since_ns))
+                is_kept = self._add(Peer(reader, self._number(), self._since_ns, self._proc))
                 return False
             if not is_of(reader, self._owner) or not are_siblings(self._fields, reader.fields):
                 return False
             rank, head = rank_of(reader), reader.head()
-            peer = Peer(reader, -1 if rank is None else rank.number, self._since_ns)
+            peer = Peer(reader, -1 if rank is None else rank.number, self._since_ns, self._proc)
             is_over = _is_finished(reader, head.state) or peer.has_gone()
             if is_over and head.mono_ns < int(self._fields["mono_ns"]):
                 return False  # of an earlier start of the same job

@@ -11,11 +11,12 @@ from memtrack.analysis.summary import summarise
 from memtrack.errors import RecordingFormatError
 from memtrack.recording import layout
 from memtrack.recording.reader import RecordingReader
-from memtrack.report.recordings import SUFFIX, length_s, state_of
+from memtrack.report.recordings import SUFFIX, length_s, list_ranks, state_of
 from memtrack.sampling.window import LABELS, NO_STEP
 
 if TYPE_CHECKING:
     from memtrack.analysis.summary import Summary
+    from memtrack.report.recordings import Listed
     from memtrack.sampling.window import Cell
 
 _ORDER = {metric.name: number for number, metric in enumerate(metrics.TABLE)}
@@ -100,6 +101,8 @@ class Report(NamedTuple):
     spans: list[Span]
     notes: list[Note]
     stacks: list[Taken]
+    ranks: dict[int, Listed]
+    """Of the first rank of a node: all of its ranks, by number."""
 
 
 def collect(path: str, choice: str = "default") -> Report:
@@ -136,6 +139,7 @@ def collect(path: str, choice: str = "default") -> Report:
                 for event in reader.events()
             ],
             stacks=_stacks(reader, start_ns),
+            ranks=list_ranks(reader),
         )
 
 

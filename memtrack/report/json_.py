@@ -12,6 +12,8 @@
     state         starting, running, stopped, ended, "lost its agent"
     peak          rss_mib, label (exact, sampled, bound), time_s, phase, epoch, step; null if nothing was sampled
     tree          peak_pss_mib
+    ranks         list: rank, pid, name, state, peak_rss_mib: the ranks of a distributed training, if this is the first of
+                  its node and their recordings are still there
     limit         mib, source, headroom_min_pct
     memtrack      agent_rss_mib, agent_cpu_pct, windows, dropped: what it cost
     phases        list: name, seconds, peak_rss_mib, peak_label, peak_step, last_rss_mib, growth_mib, limit_pct
@@ -70,6 +72,10 @@ def as_dict(report: Report) -> dict[str, object]:
         "state": report.state,
         "peak": peak,
         "tree": {"peak_pss_mib": figures.peak_tree_pss_mib},
+        "ranks": [
+            {"rank": rank, "pid": one.pid, "name": one.name, "state": one.state, "peak_rss_mib": one.peak_rss_mib}
+            for rank, one in report.ranks.items()
+        ],
         "limit": {
             "mib": figures.limit_mib,
             "source": figures.limit_source or None,

@@ -11,6 +11,7 @@ from memtrack.analysis.summary import summarise
 from memtrack.collectors.procfs import start_ticks
 from memtrack.errors import RecordingError
 from memtrack.recording import layout
+from memtrack.recording.rank import are_siblings, rank_of
 from memtrack.recording.reader import RecordingReader
 from memtrack.recording.standing import boot_id, waiting
 from memtrack.sinks.feeds import undelivered as windows_left
@@ -48,12 +49,31 @@ class Listed(NamedTuple):
 
 def list_recordings(folder: str) -> list[Listed]:
     """Every recording in ``folder``, newest first; damaged ones too. Empty if there is no such folder."""
-    try:
-        with os.scandir(folder) as entries:
-            paths = [entry.path for entry in entries if entry.name.endswith(SUFFIX)]
-    except OSError:
-        return []
-    return sorted((_look(path) for path in paths), key=lambda one: (one.started_s, one.name), reverse=True)
+    return sorted((_look(path) for path in _paths(folder)), key=lambda one: (one.started_s, one.name), reverse=True)
+
+
+def list_ranks(reader: RecordingReader) -> dict[int, Listed]:
+    """The ranks of a distributed training by number, if a recording is of the first rank of a node, itself included.
+
+    As far as the recordings of the others lie beside it and are still there; of a rank that was started again, the last.
+    """
+    own = rank_of(reader)
+    if own is None or own.local:
+        return {}
+    found = {own.number: (0, _look(reader.path))}
+    for path in _paths(os.path.dirname(os.path.abspath(reader.path))):
+        try:
+            with RecordingReader(path) as other:
+                rank, fields = rank_of(other), other.fields
+                if rank is None or rank.world != own.world or not are_siblings(reader.fields, fields):
+                    continue
+                began_ns, ended_ns = int(fields["mono_ns"]), other.head().mono_ns
+                is_newer = began_ns > found.get(rank.number, (-1, None))[0]
+                if rank.number != own.number and is_newer and ended_ns >= int(reader.fields["mono_ns"]):
+                    found[rank.number] = began_ns, _look(path)
+        except (OSError, KeyError, ValueError):
+            continue
+    return {number: found[number][1] for number in sorted(found)} if len(found) > 1 else {}
 
 
 def find(run: str | None, folder: str) -> str:
@@ -124,6 +144,14 @@ def undelivered(folder: str) -> list[str]:
                 if waiting(reader):
                     found.append(listed.path)
     return found
+
+
+def _paths(folder: str) -> list[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return [entry.path for entry in entries if entry.name.endswith(SUFFIX)]
+    except OSError:
+        return []
 
 
 def _end_of(verdict: Verdict | None) -> str:
