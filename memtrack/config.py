@@ -305,9 +305,13 @@ def _make(directory: str, *, is_ours: bool) -> str:
         if not os.path.isdir(path):
             # what leads there may be read as the umask has it, but others do not write to it
             if not os.path.isdir(os.path.dirname(path)):
-                os.makedirs(os.path.dirname(path), 0o755)
-            os.mkdir(path)
-            os.chmod(path, 0o700)
+                os.makedirs(os.path.dirname(path), 0o755, exist_ok=True)
+            try:
+                os.mkdir(path)
+                os.chmod(path, 0o700)
+            except FileExistsError:  # the ranks of a training start at the same moment
+                if not os.path.isdir(path):
+                    raise
         elif is_ours and hasattr(os, "geteuid") and os.stat(path).st_uid == os.geteuid():
             os.chmod(path, 0o700)
         check_directory(path)
