@@ -181,3 +181,17 @@ def test_folder_that_cannot_be_made(tmp_path):
     assert str(tmp_path / "file") in str(caught.value)
     with pytest.raises(RecordingError, match="cannot make the recordings folder"):
         config.make_directory(Settings(directory=str(tmp_path / "file")))
+
+
+def test_folder_that_another_process_makes_meanwhile(tmp_path, monkeypatch):
+    """Of the ranks of a distributed training, which start at once, all but the fastest failed with "File exists"."""
+    real = os.mkdir
+
+    def overtaken(path, *mode):
+        real(path, *mode)
+        real(path, *mode)
+
+    monkeypatch.setattr(os, "mkdir", overtaken)
+    path = str(tmp_path / "recordings")
+    assert config.make_directory(Settings(directory=path)) == path
+    assert os.path.isdir(path)
