@@ -53,7 +53,6 @@ class Agent:
         self._wake_fd = wake_fd
         self._pid_fd = self._open_pid()
         self._stacks = StackWatch(self._writer, self._pid, fields, _given_memory())
-        own = OwnCollector(process_time_ns, self._counters)
         now_ns = monotonic_ns()
         self._budget = Budget(float(fields["cpu_budget_pct"]) / 100.0, now_ns, 0)
         # the agent's own environment is that of the process that started it, with what the program has changed so far
@@ -62,9 +61,9 @@ class Agent:
         found, sight = collectors.build(self._pid, exclude=os.getpid(), environ=environ, choice=choice)
         self._limit_source = sight.limit_source
         self._witness = Witness(self._writer, self._pid, self._start_ticks, self._pid_fd, sight, now_ns)
-        self._witness.ranks = self._ranks = RankCollector(self._writer, path, fields, now_ns)
+        self._witness.ranks = ranks = RankCollector(self._writer, path, fields, now_ns)
         self._sampler = Sampler(
-            [*found, GaugeCollector(self._marks.gauges), self._ranks, own],
+            [*found, GaugeCollector(self._marks.gauges), ranks, OwnCollector(process_time_ns, self._counters)],
             self._marks,
             interval_s=float(fields["interval_s"]),
             tick_s=float(fields["tick_s"]),
@@ -80,8 +79,7 @@ class Agent:
         self._head.state = RUNNING
         self._head.agent_pid = os.getpid()
         self._cpu_before_ns = 0
-        self._limit_near = False
-        self._quiet = False
+        self._limit_near = self._quiet = False
         self._late_max_ms = 0.0
         self._tidy_ns = now_ns + TIDY_AFTER_NS
         self._stored_ns = 0
@@ -130,7 +128,6 @@ class Agent:
             epochs = reader.epochs()
             seen = epochs[-1].last_number + 1 if epochs else 0
             self._sampler.go_on(self._writer.windows, reader.phases().values(), seen)
-            self._ranks.go_on(reader.phases())
             before = reader.head()
             self._head.cut, self._cpu_before_ns = before.cut, before.agent_cpu_ns
             last_ns = reader.pulse().mono_ns

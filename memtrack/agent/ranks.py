@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from memtrack.collectors.base import Sample
     from memtrack.recording.writer import RecordingWriter
-    from memtrack.sampling.window import Row
 
 SUFFIX = ".mtk"
 PERIOD_S = 2.0
@@ -159,13 +158,6 @@ class RankCollector(Collector):
         self._deaths: dict[int, Death] = {}
         self._worst, self._worst_mib = -1, -1.0
 
-    def go_on(self, phases: Mapping[str, Row]) -> None:
-        """Take up what an earlier agent has found, as the rows of phases have it."""
-        cells = phases[""].cells if "" in phases else {}
-        worst, highest = cells.get(metrics.RANKS_WORST), cells.get(metrics.RANKS_MAX)
-        if worst is not None and highest is not None:
-            self._worst, self._worst_mib = int(worst.last), highest.max
-
     def collect(self, now_ns: int) -> Iterable[Sample]:
         if not self._is_first(now_ns):
             return ()
@@ -248,6 +240,7 @@ class RankCollector(Collector):
         is_kept = False
         try:
             if name == self._name:
+                self._go_on(reader)
                 is_kept = self._add(Peer(reader, self._number(), self._since_ns, self._proc))
                 return False
             if not is_of(reader, self._owner) or not are_siblings(self._fields, reader.fields):
@@ -267,6 +260,14 @@ class RankCollector(Collector):
         finally:
             if not is_kept:
                 reader.close()
+
+    def _go_on(self, reader: RecordingReader) -> None:
+        """Take up what an earlier agent of this recording has found."""
+        whole = reader.phases().get("")
+        cells = {} if whole is None else whole.cells
+        worst, highest = cells.get(metrics.RANKS_WORST), cells.get(metrics.RANKS_MAX)
+        if worst is not None and highest is not None and highest.max > self._worst_mib:
+            self._worst, self._worst_mib = int(worst.last), highest.max
 
     def _forget(self) -> None:
         for peer in self._peers.values():

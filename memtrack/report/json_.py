@@ -12,8 +12,8 @@
     state         starting, running, stopped, ended, "lost its agent"
     peak          rss_mib, label (exact, sampled, bound), time_s, phase, epoch, step; null if nothing was sampled
     tree          peak_pss_mib
-    ranks         list: rank, pid, name, state, peak_rss_mib: the ranks of a distributed training, if this is the first of
-                  its node and their recordings are still there
+    ranks         list: rank, pid, name, state, peak_rss_mib: the ranks of a distributed training, if this is the first
+                  of its node, as far as their recordings are still there
     limit         mib, source, headroom_min_pct
     memtrack      agent_rss_mib, agent_cpu_pct, windows, dropped: what it cost
     phases        list: name, seconds, peak_rss_mib, peak_label, peak_step, last_rss_mib, growth_mib, limit_pct

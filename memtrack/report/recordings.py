@@ -55,7 +55,7 @@ def list_recordings(folder: str) -> list[Listed]:
 def list_ranks(reader: RecordingReader) -> dict[int, Listed]:
     """The ranks of a distributed training by number, if a recording is of the first rank of a node, itself included.
 
-    As far as the recordings of the others lie beside it and are still there; of a rank that was started again, the last.
+    As far as the recordings of the others are still there, beside it; of a rank that was started again, the last.
     """
     own = rank_of(reader)
     if own is None or own.local:

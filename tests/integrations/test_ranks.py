@@ -11,6 +11,7 @@ import time
 from importlib.util import find_spec
 
 import pytest
+from memtrack_wandb._stream import series_key
 
 from memtrack import metrics
 from memtrack.recording.reader import RecordingReader
@@ -18,7 +19,7 @@ from memtrack.report.data import collect
 from memtrack.report.json_ import as_dict
 from tests.integrations.kill_lab import await_delivery
 from tests.integrations.mlflow_lab import environment
-from tests.integrations.wandb_lab import SETTINGS, read_run, series_key
+from tests.integrations.wandb_lab import SETTINGS, read_run
 
 for module in ("torch", "mlflow", "wandb"):
     if find_spec(module) is None:

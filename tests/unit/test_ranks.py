@@ -421,8 +421,8 @@ def test_taken_up_by_another_agent(four):
     whole.cells = {
         metrics.RANKS_WORST: Cell(2.0, START_NS, Place()), metrics.RANKS_MAX: Cell(900.0, START_NS, Place()),
     }  # fmt: skip
+    ranks[0].writer.put_phase(whole)
     collector = ranks[0].node.collector(ranks[0])
-    collector.go_on({"": whole})
     for one in ranks:
         one.window(100.0)
     assert look(collector)["worst_rank"] == 2.0
