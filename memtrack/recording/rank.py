@@ -62,7 +62,7 @@ def are_siblings(own: Mapping[str, str], other: Mapping[str, str]) -> bool:
 
     They have the same launcher, or one has launched the other, as Lightning's first rank does.
     """
-    if any(own.get(key) != other.get(key) for key in ("boot_id", "pid_ns")) or identity(own) == identity(other):
+    if any(own.get(key) != other.get(key) for key in ("boot_id", "pid_ns")):
         return False
     launcher = other.get("launcher", "")
     return launcher != "" and launcher in (own.get("launcher"), identity(own))

@@ -15,8 +15,8 @@ FAST = "interval=0.1, flush_interval=0.1"
 
 
 def default_series():
-    """The names of the default charts."""
-    names = [metric.name for metric in metrics.TABLE if metric.default]
+    """The names of the default charts of a process that is no rank among several."""
+    names = [metric.name for metric in metrics.TABLE if metric.default and "/ranks/" not in metric.name]
     return set(names) | {metrics.peak_name(name) for name in names if metrics.has_peak(name)}
 
 

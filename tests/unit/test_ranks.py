@@ -356,6 +356,7 @@ STRANGERS = {
     "another pid namespace": {"pid_ns": "m"},
     "a job of another size": {"rank": Rank(1, 3, 1)},
     "the same rank": {"rank": Rank(0, 2, 0)},
+    "the same rank, seen before": {"rank": Rank(0, 2, 0), "name": "0.mtk"},
     "no rank": {"rank": None},
 }
 
@@ -369,6 +370,13 @@ def test_strangers(node, other):
     assert look(collector) == {}
     node.rank(Rank(1, 2, 1), 102).window(50.0)
     assert look(collector)["rss_min_mib"] == 50.0
+
+
+def test_launchers_that_nobody_knows(node):
+    """Two processes at the end of a pid namespace have nothing in common."""
+    first = node.rank(Rank(0, 2, 0), 100, launcher="").window(100.0)
+    node.rank(Rank(1, 2, 1), 101, launcher="").window(50.0)
+    assert look(node.collector(first)) == {}
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give a file away")

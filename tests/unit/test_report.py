@@ -211,7 +211,7 @@ def test_json_has_the_documented_keys(tmp_path):
     found = json.loads(encode(collect(make_recording(tmp_path).path)))
     assert list(found) == [
         "format", "recording", "name", "program", "pid", "started", "seconds", "state",
-        "peak", "tree", "limit", "memtrack", "phases", "epochs", "verdict", "stacks", "events", "metrics",
+        "peak", "tree", "ranks", "limit", "memtrack", "phases", "epochs", "verdict", "stacks", "events", "metrics",
     ]  # fmt: skip
     assert found["peak"] == {
         "rss_mib": 320.0, "label": "exact", "time_s": pytest.approx(2.5), "phase": "train", "epoch": 1, "step": 20,
