@@ -293,14 +293,9 @@ class Monitor:
             raise
 
     def _create_recording(self, fields: dict[str, str]) -> str:
-        folder = config.make_directory(self.settings)
-        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{self._pid}"
-        for attempt in range(100):
-            path = os.path.join(folder, f"{name}{f'-{attempt}' if attempt else ''}.mtk")
-            if not os.path.exists(path):
-                create(path, self.settings.recording_bytes, fields)
-                return path
-        raise RecordingError(f"cannot find a free name for a recording in {folder}")
+        path = trainer.free_path(config.make_directory(self.settings), self._pid)
+        create(path, self.settings.recording_bytes, fields)
+        return path
 
     def _launch(self, *, relieving: bool = False) -> tuple[MarkWriter, RecordingReader, AgentHandle]:
         """Open the recording at both ends and start the agent, which comes last because it cannot be taken back."""

@@ -62,7 +62,7 @@ def test_integrations_is_a_source_root_not_a_package() -> None:
 
 
 def test_every_integration_is_under_the_import_contracts() -> None:
-    roots = re.search(r"^root_packages = (.*)$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    roots = re.search(r"^root_packages = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)
     assert roots
     for folder in INTEGRATIONS:
         assert f'"{folder.name}"' in roots[1]

@@ -8,7 +8,7 @@ import time
 
 from memtrack.agent.job import launcher_of
 from memtrack.collectors.procfs import program_name, start_ticks
-from memtrack.errors import MonitorError
+from memtrack.errors import MonitorError, RecordingError
 from memtrack.recording import layout
 from memtrack.recording.descriptor import above_stdio
 from memtrack.recording.marks import MarkWriter
@@ -44,6 +44,16 @@ def header(settings: Settings, pid: int, *, is_own: bool, has_stacks: bool) -> d
         "stacks": settings.stacks if has_stacks else "off",
         "python": f"{sys.version_info[0]}.{sys.version_info[1]}",
     }
+
+
+def free_path(folder: str, pid: int) -> str:
+    """A path in ``folder`` for a recording of process ``pid`` that begins now. Raises RecordingError."""
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{pid}"
+    for attempt in range(100):
+        path = os.path.join(folder, f"{name}{f'-{attempt}' if attempt else ''}.mtk")
+        if not os.path.exists(path):
+            return path
+    raise RecordingError(f"cannot find a free name for a recording in {folder}")
 
 
 def choice(chosen: str | tuple[str, ...]) -> str:
