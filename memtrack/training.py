@@ -118,6 +118,7 @@ class Training:
                 return False
             if self._peak is None:
                 self._peak = _Peak()
+            gather_ranks()  # by now the framework has launched them
             self.row()  # what was before is no step's
         except Exception as exc:
             warn_once("training", f"memtrack does not follow this training ({type(exc).__name__}: {exc}).")
