@@ -61,10 +61,6 @@ ifneq (,$(findstring Python 3.11,$(shell $(PYTHON) --version)))
 floors: $(FLOORS)/.ready
 	@MPLBACKEND=Agg $(FLOORS)/bin/python $(PYTEST) $(PYTEST_ARGS) \
 	  $(wildcard $(FRAMEWORKS:%=tests/integrations/test_%*.py))
-else
-floors:
-	@echo "the lowest versions of the frameworks: tested with Python 3.11 only"
-endif
 
 $(FLOORS)/.ready: pyproject.toml
 	@echo "setting up $(FLOORS) (one to two minutes, once) ..."
@@ -73,6 +69,10 @@ $(FLOORS)/.ready: pyproject.toml
 	@$(FLOORS)/bin/python -m pip $(QUIET) install --compile --editable . --group test-floors
 	@$(FLOORS)/bin/python -m compileall -q memtrack integrations
 	@touch $@
+else
+floors $(FLOORS)/.ready:
+	@echo "the lowest versions of the frameworks: tested with Python 3.11 only"
+endif
 
 soak: $(READY)  ## the slow tests: long runs, outages, many workers
 	@MPLBACKEND=Agg $(BIN)/python -m pytest -m slow --timeout=1800 $(PYTEST_ARGS)
