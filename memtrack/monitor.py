@@ -333,8 +333,9 @@ class Monitor:
         return f"/proc/{os.getpid()}/fd/{fd}"
 
     def _make_relay(self) -> Relay:
-        # imported here: who has no sink needs no thread and no queue. What sums up at a run's end comes along, because
-        # then there may be no descriptor left to read a module with
+        # imported here: who has no sink needs no thread and no queue. What is needed later comes along, because then
+        # there may be no descriptor left to read a module with
+        import memtrack.allocators
         import memtrack.analysis.summary  # noqa: F401
         from memtrack.sinks.relay import Relay
 

@@ -37,6 +37,7 @@ RELIEVED = -1
 TIDY_AFTER_NS = 2_000_000_000
 """When the folder is looked through, after the start: the training comes first."""
 _NAN = float("nan")
+_USAGE, _HEADROOM = metrics.CONTAINER_USAGE, metrics.CONTAINER_HEADROOM
 
 
 class Agent:
@@ -140,17 +141,14 @@ class Agent:
 
     def _tick(self) -> None:
         now_ns = monotonic_ns()
-        if not self._writer.wants_peak and self._sampler.glance(now_ns):
+        asked = self._writer.peak_asked
+        if asked == self._writer.peak_begun and self._sampler.glance(now_ns):
             self._writer.beat(now_ns)
             return
         self._sampler.tick(now_ns, time_ns())
         latest = self._sampler.latest
-        self._writer.pulse(
-            now_ns,
-            latest.get(metrics.RSS, _NAN),
-            latest.get(metrics.CONTAINER_USAGE, _NAN),
-            latest.get(metrics.CONTAINER_HEADROOM, _NAN),
-        )
+        get = latest.get
+        self._writer.pulse(now_ns, get(metrics.RSS, _NAN), get(_USAGE, _NAN), get(_HEADROOM, _NAN), asked)
         self._witness.note(now_ns, latest)
         self._stacks.look(now_ns, latest, self._marks.place())
         if self._budget.exhausted != self._quiet:

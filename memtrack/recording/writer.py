@@ -142,10 +142,13 @@ class RecordingWriter:
         self._turn += 1
         self._put(layout.HEAD + (self._turn & 1) * layout.HEAD_SLOT, self._turn, head.pack())
 
-    def pulse(self, now_ns: int, rss_mib: float, usage_mib: float, headroom_pct: float) -> None:
-        """Leave the last sample, and the highest since the trainer last asked for a new one."""
+    def pulse(self, now_ns: int, rss_mib: float, usage_mib: float, headroom_pct: float, asked: int = 0) -> None:
+        """Leave the last sample, and the highest since the trainer last asked for a new one.
+
+        ``asked`` is ``peak_asked`` as it was before the sample was taken: one that was taken before the trainer asked
+        is none of what comes after.
+        """
         self._beat += 1
-        asked = self._words[_PEAK_WORD]
         if asked != self._peak:
             self._peak, self._peak_mib = asked, rss_mib
         elif not rss_mib <= self._peak_mib:
@@ -158,9 +161,14 @@ class RecordingWriter:
         self._words[(layout.PULSE + (self._beat & 1) * layout.LINE) // 8 + 1] = now_ns
 
     @property
-    def wants_peak(self) -> bool:
-        """Whether the trainer waits for a new highest sample to be begun."""
-        return self._words[_PEAK_WORD] != self._peak
+    def peak_asked(self) -> int:
+        """How often the trainer has asked for a new highest sample to be begun."""
+        return self._words[_PEAK_WORD]
+
+    @property
+    def peak_begun(self) -> int:
+        """Which of these requests the highest sample has been begun for."""
+        return self._peak
 
     def set_quiet(self, quiet: bool) -> None:
         """Tell the trainer whether to leave the agent alone when phases begin and end."""

@@ -16,6 +16,8 @@ from memtrack.recording import layout
 from memtrack.recording.reader import RecordingReader
 from tests.faults.lab import ROOT, Child, check_delivered, check_whole, ended, until
 
+pytestmark = pytest.mark.alone  # forty programs end at the same time, and how long each takes counts
+
 BEGIN = """
 {before}
 monitor = memtrack.start(sinks=[{sink}], interval=0.05, flush_interval=0.3)

@@ -296,7 +296,7 @@ import memtrack, mlflow
 memtrack.autolog({FAST})
 pid = os.fork()
 if pid == 0:
-    ballast = bytearray(200 << 20)
+    ballast = bytearray(300 << 20)
     ballast[::4096] = b"x" * len(ballast[::4096])
     with mlflow.start_run(run_name="child") as run:
         t0 = time.time()

@@ -145,6 +145,7 @@ def test_sampler_through_a_full_recording(make_recording):
         cpu_clock_ns=lambda: 0,
         on_window=writer.append,
         on_phase=writer.put_phase,
+        on_epoch=writer.put_epoch,
     )
     everything, phases = Extremes(), {phase: Extremes() for phase in PHASES}
     now_ns = step = 0

@@ -147,6 +147,7 @@ def test_a_week(folder, monkeypatch):
         cpu_clock_ns=clock.process_time_ns,
         on_window=store,
         on_phase=writer.put_phase,
+        on_epoch=writer.put_epoch,
     )
     expected = array("d", bytes(8 * WEEK))
     status, sizes, latest = os.stat(path), [], 0

@@ -17,6 +17,7 @@ from memtrack.errors import RecordingError, RecordingFormatError
 from memtrack.recording import layout, records
 from memtrack.recording.layout import Head, Layout
 from memtrack.recording.marks import MarkWriter
+from memtrack.recording.marks import MarkWriter
 from memtrack.recording.reader import RecordingReader
 from memtrack.recording.records import Feed
 from memtrack.recording.writer import RecordingWriter, create
@@ -295,6 +296,23 @@ def test_newest_head_counts(writer, reader):
     writer.pulse(1, 10.0, 20.0, 30.0)
     writer.pulse(2, 11.0, 21.0, 31.0)
     assert (reader.pulse().mono_ns, reader.pulse().rss_mib) == (2, 11.0)
+
+
+def test_the_highest_sample_since_the_trainer_asked(writer, reader):
+    """A sample that was taken before the trainer asked is none of what comes after, though it is stored after."""
+    marks = MarkWriter(reader.path)
+    assert marks.take_peak_mib() != marks.take_peak_mib()
+    for rss_mib in (100.0, 300.0, 200.0):
+        writer.pulse(1, rss_mib, 0.0, 0.0, writer.peak_asked)
+    before = writer.peak_asked
+    assert marks.take_peak_mib() == 300.0
+    writer.pulse(2, 280.0, 0.0, 0.0, before)
+    assert marks.take_peak_mib() != marks.take_peak_mib()
+    for rss_mib in (90.0, 120.0, 110.0):
+        writer.pulse(3, rss_mib, 0.0, 0.0, writer.peak_asked)
+    assert marks.take_peak_mib() == 120.0
+    assert reader.pulse().peak_mib == 120.0
+    marks.close()
 
 
 def test_events(writer, reader):
