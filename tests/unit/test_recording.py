@@ -17,7 +17,6 @@ from memtrack.errors import RecordingError, RecordingFormatError
 from memtrack.recording import layout, records
 from memtrack.recording.layout import Head, Layout
 from memtrack.recording.marks import MarkWriter
-from memtrack.recording.marks import MarkWriter
 from memtrack.recording.reader import RecordingReader
 from memtrack.recording.records import Feed
 from memtrack.recording.writer import RecordingWriter, create
