@@ -251,7 +251,8 @@ def test_memory_is_of_its_step_and_phase(by_hand):
     assert set(found) == {("train", 11, 1), ("validation", 7, 0)}
     assert found["train", 11, 1] == pytest.approx(300, rel=0.1)
     assert found["validation", 7, 0] == pytest.approx(200, rel=0.1)
-    late = spikes(result["path"], result["time"][1])
+    # while the run was being finished nothing was held: the first window after that may be that of the spike
+    late = spikes(result["path"], result["time"][1] - 0.3)
     assert {phase for phase, _, _ in late} == {""}
 
 
