@@ -318,8 +318,8 @@ class Sampler:
         if self._on_marks is not None:
             self._on_marks(marks)
         place = self._marks.place()
-        stays: dict[tuple[int, tuple[int, ...]], int] = {}
         at, since_ns = (self._place.epoch, self._place.phases), self._last_ns
+        stays: dict[tuple[int, tuple[int, ...]], int] = {at: 0}
         for mark in marks:
             stays[at] = stays.get(at, 0) + max(mark.time_ns - since_ns, 0)
             at, since_ns = (mark.place.epoch, mark.place.phases), max(mark.time_ns, since_ns)
