@@ -19,7 +19,7 @@ PRINTS = {
     "read_recording": ["windows, peak", "memory/process/rss_mib"],
     "train_accelerate": ["step 116: loss ", ", peak "],
     "train_huggingface": ["evaluation: ", "step 90: loss ", ", peak "],
-    "train_keras": ["epoch 4: accuracy ", ", peak ", "checkpoint", "validation"],
+    "train_keras": ["epoch 2: accuracy ", ", peak ", "checkpoint", "validation"],
     "train_lightning": ["step 109: loss ", ", peak ", "checkpoint", "validation"],
     "train_pytorch": ["90 steps; see run"],
     "without_tracker": ["memtrack: peak", "train/validate"],

@@ -379,6 +379,8 @@ if rank == 0:
     import mlflow
     run = mlflow.start_run()
     report(run_id=run.info.run_id, pid=os.getpid(), t0=time.time())
+else:
+    report(other=os.getpid())
 for step in range(25):
     loss = model(torch.ones(4, 16)).square().mean()
     optimizer.zero_grad()
@@ -403,16 +405,17 @@ LAUNCHERS = {
 
 @pytest.mark.parametrize("package", LAUNCHERS)
 def test_distributed(package, mlflow_server, launch):
-    """The run of rank 0 has the charts of that process; the launcher and rank 1 have no agent of their own."""
+    """The run of rank 0 has the charts of that process; rank 1 records alone, the launcher does not."""
     if find_spec("torch") is None or find_spec(package) is None:
         pytest.skip("needs torch")
     launched = launch(DISTRIBUTED, store=mlflow_server, command=[sys.executable, *LAUNCHERS[package]])
-    result = launched.wait_for("run_id")
+    result = launched.wait_for("run_id", "other")
     (command,) = Path(f"/proc/{launched.process.pid}/task/{launched.process.pid}/children").read_text().split()
-    # that of `memtrack run`, which watches the whole tree, and that of rank 0
-    assert sorted(watched for _, watched in launched.settled_agents()) == sorted([int(command), result["pid"]])
+    # that of `memtrack run`, which watches the whole tree, and those of the ranks
+    watched = sorted([int(command), result["pid"], result["other"]])
+    assert sorted(pid for _, pid in launched.settled_agents()) == watched
     result = launched.finish()
-    assert len(launched.recordings()) == 2
+    assert len(launched.recordings()) == 3
     (path,) = [path for path in launched.recordings() if f"-{result['pid']}" in path.name]
     series = check_run(mlflow_server, result["run_id"], path, result["t0"], result["t1"], slack_s=0.4)
     assert series["memory/tree/processes"][-1][2] == 1.0
