@@ -12,9 +12,11 @@ import pytest
 
 from memtrack import notices as memtrack_notices
 
+# started in the background by a shell: programs that tests start would ignore what comes from the keyboard as well
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # started in the background by a shell: programs that tests start would ignore Ctrl-C as well
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGQUIT) is signal.SIG_IGN:
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 
 class _Collector(logging.Handler):

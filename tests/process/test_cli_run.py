@@ -90,7 +90,9 @@ def start(environment, tmp_path):
     yield call
     for process in started:
         process.kill()
-        process.communicate()
+        # not read to the end: the command may hold the pipes
+        with process:
+            pass
 
 
 def made(tmp_path):

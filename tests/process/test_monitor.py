@@ -82,7 +82,8 @@ def test_monitors_one_after_the_other(tmp_path, tools):
     tools.wait_until(lambda: threads() == threads_before, 1.0)
     assert len(os.listdir("/proc/self/fd")) == before
     with open("/proc/self/maps", encoding="utf-8") as file:
-        assert ".mtk" not in file.read()
+        # of these: a test before may have left one on purpose
+        assert str(tmp_path) not in file.read()
     assert len(list(tmp_path.glob("*.mtk"))) == 11
 
 
