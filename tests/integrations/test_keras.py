@@ -139,9 +139,9 @@ def test_steps_are_those_of_the_optimizer(trained):
     if "steps_of_two" in result:
         # an epoch of 5 batches ends with an execution of one
         assert result["steps_of_two"] == [[number, number] for number in (2, 4, 5, 7, 9, 10)]
-    # of a generator some versions lose the first batch
+    # of a generator some versions lose the first batch, some only in the first of two fits
     unknown = result["steps_of_unknown"]
-    assert len(unknown) >= 5
+    assert 4 <= len(unknown) <= 6
     assert unknown == [[number + 1, number + 1] for number in range(len(unknown))]
     # two batches are one step, but in the first versions, whose optimizers count batches
     both = [[number // 2 + 1, (number + 1) // 2] for number in range(10)]
