@@ -41,9 +41,9 @@ test:  ## every test but the slow ones, and the frameworks once more with their 
 	@$(MAKE) --no-print-directory suite
 	@$(MAKE) --no-print-directory floors
 
-# Three at a time: most of them wait for servers and processes. In the order of their names, so that the short unit tests
+# Two at a time: most of them wait for servers and processes. In the order of their names, so that the short unit tests
 # come last: xdist would put files with few tests there, which are the long ones.
-PYTEST := -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not slow"
+PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 suite: $(READY) $(VENV)/.frameworks
 	@MPLBACKEND=Agg $(BIN)/python $(PYTEST) $(PYTEST_ARGS)

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import tempfile
+from typing import IO
 
 import pytest
 
@@ -65,14 +66,18 @@ def _stop_everything() -> None:
         monitor.active.monitor.stop()
 
 
+ROOM = pytest.StashKey[IO[str]]()
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtest_protocol(item):
+def pytest_runtest_protocol(item, nextitem):
     """A test marked ``alone`` measures time: no other process of the suite tests meanwhile.
 
     Two locks, which the kernel takes back whatever happens: who waits to be alone stands in the door, so that the
     others, which come again and again, cannot keep it waiting for ever. MEMTRACK_TEST_ROOM names their folder when
     several suites test at once.
     """
+    stash = item.config.stash
     workers = getattr(item.config, "workerinput", None)
     folder = os.environ.get("MEMTRACK_TEST_ROOM")
     if folder is None and workers is None:
@@ -81,11 +86,19 @@ def pytest_runtest_protocol(item):
 
     folder = folder or os.path.join(tempfile.gettempdir(), f"memtrack-tests-{workers['testrunuid']}")
     os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, "door"), "w") as door, open(os.path.join(folder, "room"), "w") as room:
-        fcntl.flock(door, fcntl.LOCK_EX)
-        fcntl.flock(room, fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH)
-        fcntl.flock(door, fcntl.LOCK_UN)
+    alone = item.get_closest_marker("alone")
+    if ROOM not in stash:
+        with open(os.path.join(folder, "door"), "w") as door:
+            fcntl.flock(door, fcntl.LOCK_EX)
+            stash[ROOM] = open(os.path.join(folder, "room"), "w")
+            fcntl.flock(stash[ROOM], fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+    try:
         return (yield)
+    finally:
+        # who is alone stays so for the next test: everybody would have to come to an end again, each time
+        if not (alone and nextitem is not None and nextitem.get_closest_marker("alone")):
+            stash[ROOM].close()
+            del stash[ROOM]
 
 
 FAULTS = pytest.StashKey[list[tuple[str, str, str]]]()

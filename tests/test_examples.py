@@ -34,7 +34,6 @@ NEEDS = {
 }
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_example_runs(example, tmp_path):
     """It exits with 0, prints what it promises, and warns of nothing of ours."""
