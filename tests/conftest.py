@@ -90,7 +90,7 @@ def pytest_runtest_protocol(item, nextitem):
     if ROOM not in stash:
         with open(os.path.join(folder, "door"), "w") as door:
             fcntl.flock(door, fcntl.LOCK_EX)
-            stash[ROOM] = open(os.path.join(folder, "room"), "w")
+            stash[ROOM] = open(os.path.join(folder, "room"), "w")  # noqa: SIM115
             fcntl.flock(stash[ROOM], fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
     try:
         return (yield)
