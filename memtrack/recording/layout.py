@@ -11,7 +11,7 @@ A recording is one file of a fixed size, allocated up front. All numbers are lit
                                              each tick, see :class:`Pulse`; and a word that is not 0 while the agent
                                              does not want to be woken for phases
     6 Ki         the trainer                 its farewell: what Python knows of the end of the process, 1 Ki
-    8 Ki         the trainer                 control words, two "now" slots, 61 gauges: lines of 64 bytes
+    8 Ki         the trainer                 control words, where it stands, 62 gauges: lines of 64 bytes
     12 Ki        the trainer                 ring of 512 marks, 64 bytes each: phases, epochs, named marks
     44 Ki        the trainer                 256 names of 64 bytes: phases, marks, gauges
     60 Ki        the agent                   256 names of 64 bytes: metrics
@@ -29,7 +29,7 @@ A recording is one file of a fixed size, allocated up front. All numbers are lit
 Who writes what never overlaps, so nothing is locked. Three rules keep every part readable after ``kill -9`` at any
 instruction, and while it is written:
 
-- *Slots* (head, now, feeds, verdict, phase rows) come in pairs that are written in turn, so that the last complete one
+- *Slots* (head, feeds, verdict, phase rows) come in pairs that are written in turn, so that the last complete one
   stands while the next is written. The newest valid one counts.
 - A slot or line in mapped memory is ``sequence word | body``. The writer sets the word to 0, copies the body
   with one slice assignment, and sets the word to the slot's number. ``struct.pack_into`` is never used on a map: it
@@ -64,8 +64,8 @@ FAREWELL = 6 * 1024
 FAREWELL_SIZE = 1024
 CONTROL = 8192
 NOW = CONTROL + LINE
-GAUGES = CONTROL + 3 * LINE
-GAUGE_COUNT = 61
+GAUGES = CONTROL + 2 * LINE
+GAUGE_COUNT = 62
 MARKS = 12 * 1024
 MARK_COUNT = 512
 NAMES = 44 * 1024
@@ -380,6 +380,7 @@ def _cell(fields: tuple[float, ...]) -> Cell:
 MARK_BODY = struct.Struct("<BBHiqqd")
 MARK_PATH = struct.Struct(f"<{MAX_DEPTH}H")
 NOW_BODY = struct.Struct("<qq")
+"""Step and epoch, each set by one store; -1 if there is none, as a new recording has it."""
 GAUGE_BODY = struct.Struct("<dqq")
 
 

@@ -9,7 +9,8 @@ from time import monotonic_ns
 
 from memtrack.recording import layout, records
 from memtrack.recording.descriptor import FileMap
-from memtrack.recording.layout import GAUGE_BODY, MARK_BODY, MARK_PATH, NOW_BODY
+from memtrack.recording.layout import GAUGE_BODY, MARK_BODY, MARK_PATH
+from memtrack.sampling.window import NO_STEP
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -17,17 +18,16 @@ if TYPE_CHECKING:
 
     from memtrack.recording.rank import Rank
 
-_pack_now = NOW_BODY.pack
 _pack_mark = Struct(f"{MARK_BODY.format}{MARK_PATH.size}s").pack
 _pack_gauge = GAUGE_BODY.pack
-_unpack_pulse, _PULSE_SIZE = layout.PULSE_BODY.unpack, layout.PULSE_BODY.size
+_unpack_pulse = layout.PULSE_BODY.unpack_from
 
 # looking these up as attributes of a module takes as long as the rest of a mark
 _BEGIN, _END = layout.PHASE_BEGIN, layout.PHASE_END
 _COUNT, _LINE, _MARKS = layout.MARK_COUNT, layout.LINE, layout.MARKS
 _MARK_SIZE = MARK_BODY.size + MARK_PATH.size
-_NOW = [(at // 8, slice(at + 8, at + 8 + NOW_BODY.size)) for at in (layout.NOW, layout.NOW + layout.LINE)]
-"""Index of the sequence word, and place of the body, of the two slots."""
+_STEP, _EPOCH = 0, 1
+"""The words of the line that tells where the training stands."""
 
 _CUT_WORD = layout.CONTROL // 8 + layout.CUT
 _EXITING_WORD = layout.CONTROL // 8 + layout.EXITING
@@ -66,8 +66,8 @@ class Phase:
 class MarkWriter:
     """Writes marks into the mapped part of a recording; each call takes less than a microsecond. Thread-safe.
 
-    Every call that writes holds one lock, because a slot has one writer at a time. A forked child must not use its
-    parent's writer: it drops it without touching the lock, which may be held (``memtrack.monitor`` sees to that).
+    Every call that writes a line holds one lock, because a line has one writer at a time. A forked child must not use
+    its parent's writer: it drops it without touching the lock, which may be held (``memtrack.monitor`` sees to that).
     """
 
     def __init__(self, path: str) -> None:
@@ -79,9 +79,7 @@ class MarkWriter:
         self._bytes = self._map.view
         self._words = self._bytes.cast("Q")
         self._lock = threading.RLock()  # re-entrant: a signal handler may mark while the main thread is marking
-        self._turn = 0
-        self._step = -1
-        self._epoch = -1
+        self._now = self._bytes[layout.NOW : layout.NOW + layout.NOW_BODY.size].cast("q")
         self._marks = 0
         self._root = self._phase = Phase(0, "", "", None)
         self._open: list[Phase] = []  # what ``begin`` gave and ``end`` has not got back, in the order of entering
@@ -98,7 +96,6 @@ class MarkWriter:
         this process; what was open then is not any more."""
         part, words = self._bytes, self._words
         with self._lock:
-            self._turn = max(words[word] for word, _ in _NOW)
             self._marks = words[_WRITTEN_WORD]
             table = bytes(part[layout.NAMES : layout.NAMES + layout.NAME_COUNT * _LINE])
             self._names.update((name, number) for number, name in enumerate(layout.unpack_names(table), 1))
@@ -108,38 +105,31 @@ class MarkWriter:
                 if set_ns:
                     self._gauges[names.get(number, "")] = at
                     self._gauge_turn = max(self._gauge_turn, words[at // 8])
-            if self._turn or self._marks:
+            if self._marks or self._now[_STEP] != NO_STEP or self._now[_EPOCH] != NO_STEP:
+                self._now[_STEP] = self._now[_EPOCH] = NO_STEP
                 self._mark(layout.EPOCH, 0, 0.0)
-                self.step(-1)
 
     @property
     def last_step(self) -> int:
         """The step that was marked last, by whomever; -1 if none was."""
-        return self._step
+        return self._now[_STEP]
 
     def step(self, step: int) -> None:
         """The training has reached this step."""
-        with self._lock:
-            # packed first: it may raise, and a signal handler that marks too may run in a call, but not between stores
-            body = _pack_now(step, self._epoch)
-            self._step = step
-            self._turn = turn = self._turn + 1
-            words = self._words
-            word, at = _NOW[turn & 1]
-            words[word] = 0
-            self._bytes[at] = body
-            words[word] = turn
+        # One store of eight bytes: neither a signal nor the end of the process can come in between, so that there is
+        # nothing to lock. It is called cold, in each step, and takes as long as what it touches takes to fetch.
+        self._now[_STEP] = step
 
     def epoch(self, epoch: int) -> None:
         """The training has reached this epoch."""
         with self._lock:
-            before, self._epoch = self._epoch, epoch
+            before = self._now[_EPOCH]
+            self._now[_EPOCH] = epoch
             try:
                 now_ns = self._mark(layout.EPOCH, 0, 0.0)
             except BaseException:
-                self._epoch = before
+                self._now[_EPOCH] = before
                 raise
-            self.step(self._step)
             # whether or not a phase that has just ended has woken it already
             if now_ns > self._epoch_wake_due_ns:
                 self._epoch_wake_due_ns = now_ns + WAKE_NS
@@ -220,7 +210,7 @@ class MarkWriter:
         """
         words, at = self._words, self._pulse_at()
         turn = words[at // 8 - 1]
-        *_, peak, peak_mib = _unpack_pulse(self._bytes[at : at + _PULSE_SIZE])
+        *_, peak, peak_mib = _unpack_pulse(self._bytes, at)
         if turn == 0 or words[at // 8 - 1] != turn or peak != words[_PEAK_WORD]:
             return _NAN
         words[_PEAK_WORD] = peak + 1
@@ -240,6 +230,7 @@ class MarkWriter:
     def close(self) -> None:
         """Unmap. Later calls raise ValueError, so whoever hands out the writer takes it back first."""
         with self._lock:
+            self._now.release()
             self._words.release()
             self._map.close()
 
@@ -249,7 +240,8 @@ class MarkWriter:
         """Returns the time that the mark carries."""
         phase = self._phase
         now_ns = monotonic_ns()
-        body = _pack_mark(kind, phase.depth, name, self._epoch, self._step, now_ns, value, phase.packed)
+        step, epoch = self._now
+        body = _pack_mark(kind, phase.depth, name, epoch, step, now_ns, value, phase.packed)
         self._marks = number = self._marks + 1
         words = self._words
         at = _MARKS + number % _COUNT * _LINE

@@ -48,7 +48,7 @@ class MarkReader:
 
     def place(self) -> Place:
         """Where the training stands now."""
-        step, epoch = self._now()
+        step, epoch = layout.NOW_BODY.unpack(bytes(self._bytes[layout.NOW : layout.NOW + layout.NOW_BODY.size]))
         phases: tuple[int, ...] = ()
         written = self._words[_WRITTEN]
         # the newest mark, or the one before it should it be in the making
@@ -94,20 +94,6 @@ class MarkReader:
             end = start + layout.NAME_COUNT * layout.LINE
             self._names = ["", *layout.unpack_names(bytes(self._bytes[start:end]))]
         return self._names[number] if 0 <= number < len(self._names) else ""
-
-    def _now(self) -> tuple[int, int]:
-        line = layout.NOW // 8
-        for _ in range(8):
-            turns = {self._words[line]: line, self._words[line + 8]: line + 8}
-            for turn in sorted(turns, reverse=True):
-                at = turns[turn]
-                body = bytes(self._bytes[at * 8 + 8 : at * 8 + 8 + layout.NOW_BODY.size])
-                if turn != 0 and self._later[at] == turn:
-                    step, epoch = layout.NOW_BODY.unpack(body)
-                    return step, epoch
-            if not any(turns):
-                break
-        return -1, -1
 
     def _mark(self, number: int) -> Mark | None:
         """Mark ``number``, counted from 1; None if it is being written or was overwritten."""

@@ -11,6 +11,7 @@ from memtrack.recording.epochs import Epoch, EpochWriter
 from memtrack.recording.layout import Head, Layout, pack_header, pack_name, pack_row
 from memtrack.recording.marks_view import MarkReader
 from memtrack.recording.records import Event, newest_text, pack_event
+from memtrack.sampling.window import NO_STEP
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def create(path: str, size: int, fields: dict[str, str]) -> None:
                 os.write(fd, bytes(min(1 << 16, size)))
             os.lseek(fd, 0, os.SEEK_SET)
         os.write(fd, header)
+        os.pwrite(fd, layout.NOW_BODY.pack(NO_STEP, NO_STEP), layout.NOW)
     except OSError as exc:
         os.unlink(path)
         raise RecordingError(

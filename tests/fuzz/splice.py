@@ -66,7 +66,7 @@ PARTS = {
     "head": Part(layout.HEAD, layout.HEAD_SLOT, 2),
     "pulse": Part(layout.PULSE, layout.LINE, 2),
     "farewell": Part(layout.FAREWELL, layout.FAREWELL_SIZE, 1),
-    "control": Part(layout.CONTROL, layout.LINE, 3 + layout.GAUGE_COUNT),
+    "control": Part(layout.CONTROL, layout.LINE, 2 + layout.GAUGE_COUNT),
     "mark": Part(layout.MARKS, layout.LINE, layout.MARK_COUNT),
     "name": Part(layout.NAMES, layout.LINE, layout.NAME_COUNT),
     "metric": Part(layout.METRICS, layout.LINE, layout.NAME_COUNT),

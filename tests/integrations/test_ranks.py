@@ -71,19 +71,19 @@ def rss_mib():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / {MIB}
 
-train(2.5)
-extra = np.ones({EXTRA_MIB * MIB} // 8) if rank == worst else None
-train(0.1)
-tell(since=time.time())
-if "forever" in what:
-    train(3600)
-train(5.5)
-tell(until=time.time(), rss_mib=rss_mib())
-del extra
-train(1.0)
-if rank == 0:
-    tell(summary=str(monitor.summary()))
-runs.close()
+with runs:
+    train(2.5)
+    extra = np.ones({EXTRA_MIB * MIB} // 8) if rank == worst else None
+    train(0.1)
+    tell(since=time.time())
+    if "forever" in what:
+        train(3600)
+    train(5.5)
+    tell(until=time.time(), rss_mib=rss_mib())
+    del extra
+    train(1.0)
+    if rank == 0:
+        tell(summary=str(monitor.summary()))
 dist.destroy_process_group()
 """
 
@@ -280,7 +280,7 @@ class Model(L.LightningModule):
     def training_step(self, batch, index):
         if self.global_rank == 1 and index == 10:
             self.extra = np.ones({EXTRA_MIB * MIB} // 8)
-        time.sleep(0.1)
+        time.sleep(0.25)
         return self.layer(batch[0]).pow(2).mean()
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.01)
@@ -309,7 +309,7 @@ def train(rank):
         json.dump({"pid": os.getpid()}, file)
     for _ in range(80):
         dist.all_reduce(torch.ones(1))
-        time.sleep(0.05)
+        time.sleep(0.1)
     dist.destroy_process_group()
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ since = time.time()
 time.sleep(0.4)
 grown = time.time()
 held = b"1" * (100 << 20)
+in_place = time.time()
 for step in range(10):
     if step == 5:
         # what several threads do that start and end runs at the same time
@@ -42,7 +43,7 @@ for step in range(10):
     memtrack.step(step)
     time.sleep(0.08)
 until = time.time()
-report(since=since, until=until, grown=grown, wandb=run["wandb"].id, comet=run["comet"].get_key(),
+report(since=since, until=until, grown=grown, in_place=in_place, wandb=run["wandb"].id, comet=run["comet"].get_key(),
        mlflow=run["mlflow"].info.run_id)
 for name in ENDS:
     ends[name]()
@@ -241,7 +242,7 @@ def test_the_same_run_has_the_same_windows_in_each(order, trainings, mlflow_serv
         assert all(set(got) <= set(all_there_are[name]) for name, got in series.items()), tracker
         stood = [value for stamp, value in series[metrics.RSS] if stamp < 1000 * result["grown"]][-1]
         risen = [stamp for stamp, value in series[metrics.peak_name(metrics.RSS)] if value > stood + 80]
-        assert 0 <= risen[0] / 1000 - result["grown"] < 1.0, tracker
+        assert result["grown"] <= risen[0] / 1000 < result["in_place"] + 0.5, tracker
     assert len(in_wandb) == len(in_mlflow)
 
     values = comet_offline(path)

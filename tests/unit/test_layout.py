@@ -325,7 +325,7 @@ def test_parts_do_not_overlap():
         (layout.PULSE, 2 * layout.LINE),
         (layout.FAREWELL, layout.FAREWELL_SIZE),
         (layout.CONTROL, layout.LINE),
-        (layout.NOW, 2 * layout.LINE),
+        (layout.NOW, layout.LINE),
         (layout.GAUGES, layout.GAUGE_COUNT * layout.LINE),
         (layout.MARKS, layout.MARK_COUNT * layout.LINE),
         (layout.NAMES, layout.NAME_COUNT * layout.LINE),

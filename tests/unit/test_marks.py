@@ -267,16 +267,6 @@ def test_mark_in_the_making_is_passed_over(marks):
     assert [reader.name(mark.name) for mark in reader.drain()] == ["train"]
 
 
-def test_step_in_the_making_is_passed_over(marks):
-    """A step that the process died in writing is not seen; the one before it is."""
-    writer, reader = marks
-    writer.step(1)
-    writer.step(2)
-    slot = layout.NOW + (writer._turn & 1) * layout.LINE
-    writer._words[slot // 8] = 0
-    assert reader.place().step == 1
-
-
 def test_signal_handler_marks_while_the_main_thread_does(marks):
     """Marks from a signal handler that interrupts marking neither deadlock nor lose or double any other."""
     writer, reader = marks
