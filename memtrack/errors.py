@@ -7,6 +7,9 @@
     ├── AgentError               (RuntimeError)  the agent process could not be started
     ├── RecordingError           (OSError)       a recording cannot be made, opened or found
     │   └── RecordingFormatError                 the file is not a recording, or of a version this memtrack cannot read
+    ├── ArtifactError            (OSError)       an artifact cannot be packed, restored or deleted
+    │   ├── ArtifactNotFoundError                there is no such artifact, or a part of it is missing
+    │   └── ArtifactFormatError                  what is there is damaged, or none of ours
     └── DeliveryError            (OSError)       a tracker did not take a batch
         └── RejectedError                        and never will: sending it again is pointless
 
@@ -53,6 +56,18 @@ class RecordingError(MemtrackError, OSError):
 
 class RecordingFormatError(RecordingError):
     """The file is not a recording that this version can read."""
+
+
+class ArtifactError(MemtrackError, OSError):
+    """An artifact cannot be packed, restored or deleted."""
+
+
+class ArtifactNotFoundError(ArtifactError):
+    """There is no such artifact, or something that it needs is no longer stored."""
+
+
+class ArtifactFormatError(ArtifactError):
+    """What is stored is damaged, or was not made by memtrack."""
 
 
 class DeliveryError(MemtrackError, OSError):

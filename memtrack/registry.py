@@ -5,6 +5,7 @@ Third parties add sinks through the entry-point group ``memtrack.sinks``.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,14 @@ AUTOLOG = {
     "wandb": ("memtrack_wandb:autolog", "wandb"),
 }
 """Name of a tracker -> (module:function that follows its runs, extra)."""
+
+STORES = {
+    "mlflow": ("memtrack_mlflow:active_store", "memtrack_mlflow:open_store", "mlflow"),
+    "wandb": ("memtrack_wandb:active_store", "memtrack_wandb:open_store", "wandb"),
+    "comet": ("memtrack_comet:active_store", "memtrack_comet:open_store", "comet"),
+}
+"""Name of a tracker -> (module:function that finds the store of the active run, module:function that opens the store
+of a run that is named, extra). Where runs of several are active, the first one's is taken."""
 
 FRAMEWORKS = {
     "keras": ("memtrack_keras:autolog", "keras"),
@@ -68,6 +77,29 @@ def load_autolog(tracker: str) -> Callable[..., Any]:
     if tracker not in AUTOLOG:
         raise SettingsError("trackers", tracker, f"no such tracker. There are: {', '.join(sorted(AUTOLOG))}.")
     return _load(f"following the runs of {tracker!r}", *AUTOLOG[tracker])
+
+
+def load_active_stores(tracker: str | None = None) -> list[Callable[..., Any]]:
+    """What finds the store of the active run, for each tracker, or the one given, that this process has imported.
+
+    Raises SettingsError if there is no such tracker, MissingDependencyError.
+    """
+    if tracker is not None and tracker not in STORES:
+        raise SettingsError("to", tracker, f"no such tracker. There are: {', '.join(sorted(STORES))}.")
+    return [
+        _load(f"storing artifacts in {name!r}", active, extra)
+        for name, (active, _, extra) in STORES.items()
+        # no run is active of a tracker that has not been imported
+        if tracker in (None, name) and MODULES.get(name, name) in sys.modules
+    ]
+
+
+def load_store(tracker: str) -> Callable[..., Any]:
+    """What opens the store of a tracker's run. Raises SettingsError or MissingDependencyError."""
+    if tracker not in STORES:
+        raise SettingsError("source", tracker, f"no such tracker. There are: {', '.join(sorted(STORES))}.")
+    _, opener, extra = STORES[tracker]
+    return _load(f"reading artifacts from {tracker!r}", opener, extra)
 
 
 def load_framework(framework: str) -> Callable[..., Any]:
