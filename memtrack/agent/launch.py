@@ -60,7 +60,7 @@ def spawn(
     for 8 GB, and its pages stay pinned), and detaches itself, so that it is no child of the caller afterwards. Raises
     AgentError if it cannot be started.
     """
-    command = [_python(), "-I", "-S", _ENTRY, recording, *(["relieve"] if relieving else [])]
+    command = [interpreter(), "-I", "-S", _ENTRY, recording, *(["relieve"] if relieving else [])]
     if not hasattr(os, "posix_spawn"):
         return _spawn_elsewhere(command)
     if before is not None and not hasattr(os, "eventfd"):
@@ -134,7 +134,7 @@ def _spawn_elsewhere(command: list[str]) -> AgentHandle:
     return AgentHandle(-1)
 
 
-def _python() -> str:
+def interpreter() -> str:
     """The interpreter; embedded ones (uwsgi, notebooks in an application) do not know theirs."""
     found: str | None = sys.executable
     if not found or "python" not in os.path.basename(found).lower():

@@ -116,7 +116,10 @@ class StoreContract:
         self._log(store, tmp_path)
         for one in (store, self.open_again(store)):
             for name in ("/etc/passwd", "memtrack/../../x", "memtrack//x", "other/x.mtz", "memtrack/a\\..\\b", ""):
-                for act in (lambda name=name: one.get(name, str(tmp_path / "back")), lambda name=name: one.delete(name)):  # type: ignore[misc]
+                for act in (
+                    lambda name=name: one.get(name, str(tmp_path / "back")),
+                    lambda name=name: one.delete(name),
+                ):  # type: ignore[misc]
                     raised = False
                     try:
                         act()

@@ -86,7 +86,7 @@ class FolderStore:
 
     Args:
         path: The folder.
-        link: Link to the files that are put instead of copying them, where the file system can: they never change.
+        link: Link to the packs that are put instead of copying them, where the file system can: they never change.
     """
 
     keeps_files = False
@@ -108,7 +108,7 @@ class FolderStore:
             if os.path.exists(place) and os.path.samefile(path, place):
                 return
             with _opened(path) as source:
-                write_whole(source, place, link=path if self._link else "")
+                write_whole(source, place, link=path if self._link and name.startswith(PACKS) else "")
         except MemtrackError:
             raise
         except OSError as exc:

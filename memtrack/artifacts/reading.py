@@ -1,0 +1,312 @@
+"""Reading containers, and getting blocks and files out of them. FORMAT.md tells how they are laid out.
+
+What is read here may be anybody's: sizes are checked before memory is taken, and each block is compared with its digest
+before it is handed out. This module imports nothing of memtrack but what travels with the artifacts: see ``script``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import struct
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+
+from memtrack.artifacts.decoding import Block, Damaged, Entry, content_size, decode, decompress
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+NOTE, TABLE, TRAILER = 0x184D2A50, 0x184D2A51, 0x184D2A52
+"""Magic numbers of the skippable frames: a text, the table as JSON in a zstd frame, and where that is."""
+HEAD = struct.Struct("<II")
+END = struct.Struct("<IIQ8s")
+MARK = b"memtrack"
+VERSION = 1
+
+MAX_BLOCK = 4 << 20
+MAX_PACK = 64 << 20
+MAX_TABLE = 16 << 20
+MAX_ITEMS = 1_000_000
+"""Bytes of a block, of a pack and of a table, and how many things are in a table: more is not written and not read."""
+MAX_DEPTH = 64
+"""Blocks that are restored one from the other; memtrack stops at 8."""
+MAX_OPEN = 16
+"""Packs that are held open."""
+CODINGS = re.compile(r"(plain)|(planes|rotate|delta|idelta)([1248])")
+
+
+class File(NamedTuple):
+    """A file of an artifact."""
+
+    path: str
+    size: int
+    mode: int
+    digest: str
+    ranges: Sequence[tuple[int, int, int, int]]
+    """Number of the pack, first block, how many, and the bytes that these come to."""
+
+
+def read_table(file: BinaryIO) -> tuple[dict[str, Any], int]:
+    """The table of a container, and where it begins. Raises Damaged."""
+    size = file.seek(0, os.SEEK_END)
+    if size < END.size:
+        raise Damaged("it is cut off")
+    file.seek(size - END.size)
+    magic, length, at, mark = END.unpack(file.read(END.size))
+    if magic != TRAILER or length != END.size - HEAD.size or mark != MARK:
+        raise Damaged("it is cut off, or none of memtrack's")
+    if at + HEAD.size > size - END.size or size - END.size - at - HEAD.size > MAX_TABLE:
+        raise Damaged("its table is out of bounds")
+    file.seek(at)
+    magic, length = HEAD.unpack(file.read(HEAD.size))
+    if magic != TABLE or at + HEAD.size + length != size - END.size:
+        raise Damaged("its table is not where it says")
+    frame = file.read(length)
+    declared = content_size(frame)
+    if not 0 <= declared <= MAX_TABLE:
+        raise Damaged("its table is too large")
+    text = decompress(frame, declared)
+    if text.count(b",") + text.count(b"[") + text.count(b"{") > MAX_ITEMS:
+        raise Damaged("its table is too large")
+    try:
+        table = json.loads(text)
+    except (ValueError, RecursionError) as exc:
+        raise Damaged("its table cannot be read") from exc
+    if not isinstance(table, dict):
+        raise Damaged("its table cannot be read")
+    if table.get("version") != VERSION:
+        raise Damaged(f"it is of version {str(table.get('version'))[:20]}, and this reads version {VERSION}")
+    return table, at
+
+
+def _whole(value: Any, most: int = 1 << 62) -> int:
+    if type(value) is not int or not 0 <= value <= most:
+        raise Damaged(f"its table has {str(value)[:40]!r} for a number")
+    return value
+
+
+def _hex(value: Any, length: int) -> str:
+    if not isinstance(value, str) or len(value) != length or not re.fullmatch("[0-9a-f]*", value):
+        raise Damaged(f"its table has {str(value)[:70]!r} for a digest")
+    return value
+
+
+def _list(value: Any, length: int | None = None) -> list[Any]:
+    if not isinstance(value, list) or (length is not None and len(value) != length):
+        raise Damaged("its table has something else for a list")
+    return value
+
+
+class Pack:
+    """A pack that is open to read."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        table, end = read_table(file)
+        if table.get("memtrack") != "pack":
+            raise Damaged("it is no pack")
+        self.entries: list[Entry] = []
+        at = _whole(table.get("offset"), end)
+        for row in _list(table.get("blocks")):
+            coding, size, digest, frames, base = _list(row, 5)
+            found = CODINGS.fullmatch(coding) if isinstance(coding, str) else None
+            if found is None:
+                raise Damaged(f"a block is coded as {str(coding)[:20]!r}, which this does not know")
+            lengths = [_whole(length, MAX_BLOCK + 4096) for length in _list(frames)]
+            width = int(found[3] or 1)
+            if len(lengths) != (1 if found[1] else width) or _whole(size, MAX_BLOCK) % width:
+                raise Damaged("a block has other frames than its coding")
+            of = None if base is None else (_hex(_list(base, 2)[0], 24), _whole(base[1]))
+            if (of is None) == (found[2] in ("delta", "idelta")):
+                raise Damaged("a block lacks the one that it tells the difference to")
+            self.entries.append(Entry(found[1] or found[2], width, size, _hex(digest, 64), at, lengths, of))
+            at += sum(lengths)
+        if at > end:
+            raise Damaged("its blocks are out of bounds")
+
+    def frames(self, entry: Entry) -> list[bytes]:
+        """The frames of a block."""
+        self.file.seek(entry.at)
+        return [self.file.read(length) for length in entry.frames]
+
+
+class Packs:
+    """Blocks by pack and number, out of packs that are opened when they are needed. Not thread-safe.
+
+    Args:
+        open_pack: Gets the id of a pack and gives the file; raises FileNotFoundError if there is none.
+        sizes: The packs that may be read, and how large each is. None: any.
+        tell_lost: What to say behind the name of a pack that is missing or damaged.
+    """
+
+    def __init__(
+        self,
+        open_pack: Callable[[str], BinaryIO],
+        sizes: dict[str, int] | None = None,
+        tell_lost: Callable[[str], str] = lambda _pack: "",
+    ) -> None:
+        self._open_pack = open_pack
+        self._sizes = sizes
+        self._tell_lost = tell_lost
+        self._open: dict[str, Pack] = {}
+
+    def entry(self, pack: str, number: int) -> Entry:
+        """What is known of a block. Raises Damaged."""
+        try:
+            entries = self._pack(pack).entries
+            if number >= len(entries):
+                raise Damaged("it has fewer blocks than it should")
+            return entries[number]
+        except FileNotFoundError:
+            raise Damaged(f"pack {pack}.mtz is missing{self._tell_lost(pack)}") from None
+        except Damaged as exc:
+            raise self._damaged(pack, exc) from exc
+
+    def block(self, pack: str, number: int) -> Block:
+        """The bytes of a block, which have been compared with their digest. Raises Damaged."""
+        entry = self.entry(pack, number)
+        chain = [(pack, entry)]
+        while entry.base is not None:
+            if len(chain) > MAX_DEPTH:
+                raise self._damaged(pack, "a block rests on too many others")
+            of, entry = entry.base[0], self.entry(*entry.base)
+            chain.append((of, entry))
+        block = self._decode(chain)
+        if hashlib.sha256(block).hexdigest() != chain[0][1].digest:
+            # which pack it is: the first on the way whose block is not what it was
+            for start in reversed(range(len(chain))):
+                of, entry = chain[start]
+                if hashlib.sha256(self._decode(chain[start:])).hexdigest() != entry.digest:
+                    raise self._damaged(of, "a block is not what it was")
+        return block
+
+    def close(self) -> None:
+        """Close the packs."""
+        while self._open:
+            self._open.popitem()[1].file.close()
+
+    def _pack(self, pack: str) -> Pack:
+        found = self._open.pop(pack, None)
+        if found is None:
+            if self._sizes is not None and pack not in self._sizes:
+                raise Damaged("it is needed and not listed")
+            if len(self._open) >= MAX_OPEN:
+                self._open.pop(next(iter(self._open))).file.close()
+            file = self._open_pack(pack)
+            try:
+                size = file.seek(0, os.SEEK_END)
+                if size != (size if self._sizes is None else self._sizes[pack]):
+                    raise Damaged("its size is not what the manifest says")
+                found = Pack(file)
+            except BaseException:
+                file.close()
+                raise
+        self._open[pack] = found  # the newest last: the oldest goes first
+        return found
+
+    def _decode(self, chain: Sequence[tuple[str, Entry]]) -> Block:
+        block: Block = None
+        for pack, entry in reversed(chain):
+            try:
+                block = decode(entry, self._pack(pack).frames(entry), block)
+            except Damaged as exc:
+                raise self._damaged(pack, exc) from exc
+        return block
+
+    def _damaged(self, pack: str, what: object) -> Damaged:
+        return Damaged(f"pack {pack}.mtz is damaged: {what}{self._tell_lost(pack)}")
+
+
+class Artifact:
+    """An artifact that is open to read: ``files``, and their bytes. ``open_pack`` is as for Packs. Not thread-safe.
+
+    Raises Damaged if the manifest cannot be read.
+    """
+
+    def __init__(self, manifest: BinaryIO, open_pack: Callable[[str], BinaryIO]) -> None:
+        try:
+            self.table, _ = read_table(manifest)
+            if self.table.get("memtrack") != "artifact":
+                raise Damaged("it is no manifest of an artifact")
+            packs = [_list(pack)[:2] for pack in _list(self.table.get("packs"))]
+            self.packs = [(_hex(pack, 24), _whole(size, MAX_PACK)) for pack, size in packs]
+            self.files = {file.path: file for file in map(self._file, _list(self.table.get("files")))}
+        except (Damaged, ValueError, KeyError, TypeError) as exc:
+            raise Damaged(f"the manifest cannot be read: {exc}") from exc
+        self._packs = Packs(open_pack, dict(self.packs), self._tell_lost)
+
+    def _file(self, row: Any) -> File:
+        if not isinstance(row, dict):
+            raise Damaged("its table has something else for a file")
+        ranges = []
+        for one in _list(row["blocks"]):
+            pack, first, count, size = (_whole(number) for number in _list(one, 4))
+            if pack >= len(self.packs) or count > MAX_ITEMS:
+                raise Damaged("a file is in a pack that is not listed")
+            ranges.append((pack, first, count, size))
+        size = _whole(row["size"])
+        if sum(one[3] for one in ranges) != size:
+            raise Damaged("a file has another size than its blocks")
+        path = row["path"]
+        if not is_safe(path):
+            raise Damaged(f"{str(path)[:80]!r} is no name for a file")
+        return File(path, size, _whole(row.get("mode", 0o644), 0o777), _hex(row["digest"], 64), ranges)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files.values())
+
+    def blocks(self, file: File, first: int = 0, last: int | None = None) -> Iterator[tuple[int, Block]]:
+        """The blocks of a file that lie in the bytes from ``first`` to before ``last``, each with its offset.
+
+        Only the packs of these are opened. Raises Damaged.
+        """
+        last = file.size if last is None else last
+        at = 0
+        for number, start, count, size in file.ranges:
+            end = at + size
+            if end <= first or at >= last:
+                at = end
+                continue
+            pack = self.packs[number][0]
+            for block in range(start, start + count):
+                size = self._packs.entry(pack, block).size
+                if at + size > end:
+                    break
+                if at + size > first and at < last:
+                    yield at, self._packs.block(pack, block)
+                at += size
+            if at != end:
+                raise Damaged(f"pack {pack}.mtz has other blocks than the manifest says{self._tell_lost(pack)}")
+
+    def digest(self, file: File) -> str:
+        """What the digests of the file's blocks come to; it must be that of the file."""
+        digests = hashlib.sha256()
+        for number, start, count, _ in file.ranges:
+            for block in range(start, start + count):
+                digests.update(bytes.fromhex(self._packs.entry(self.packs[number][0], block).digest))
+        return digests.hexdigest()
+
+    def close(self) -> None:
+        """Close the packs."""
+        self._packs.close()
+
+    def _tell_lost(self, pack: str) -> str:
+        number = next((at for at, (one, _) in enumerate(self.packs) if one == pack), -1)
+        lost = [file.path for file in self.files.values() if any(one[0] == number for one in file.ranges)]
+        if not lost:
+            return "; what is told as a difference to it is lost"
+        return f"; lost with it: {', '.join(lost[:10])}{f' and {len(lost) - 10} more' if len(lost) > 10 else ''}"
+
+
+def is_safe(path: Any) -> bool:
+    """Whether a path stays below the folder that it is put into, on any system."""
+    if not isinstance(path, str) or not path or len(path) > 4096 or any(ord(char) < 32 for char in path):
+        return False
+    parts = path.split("/")
+    if any(part in ("", ".", "..") or len(part.encode("utf-8", "surrogateescape")) > 255 for part in parts):
+        return False
+    return os.name != "nt" or not re.search(r'[\\:*?"<>|]', path)
