@@ -81,7 +81,7 @@ _ARGUMENTS = {
     "disable": "disable",
 }
 _VARIABLES = {f"MEMTRACK_{argument.upper()}": argument for argument in _ARGUMENTS} | {"MEMTRACK_DIR": "directory"}
-_OTHER_VARIABLES = {"MEMTRACK_ARTIFACT_WAIT", "MEMTRACK_DEBUG", "MEMTRACK_RUN", "MEMTRACK_SINKS"}
+_OTHER_VARIABLES = {f"MEMTRACK_{name}" for name in ("ARTIFACT_CACHE", "ARTIFACT_WAIT", "DEBUG", "RUN", "SINKS")}
 
 
 def resolve(arguments: Mapping[str, object], environ: Mapping[str, str] = os.environ) -> Settings:

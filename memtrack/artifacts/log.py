@@ -13,11 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 from memtrack import config, registry
 from memtrack.artifacts import upload as uploads
+from memtrack.artifacts.pending import note
 from memtrack.artifacts.save import save
 from memtrack.artifacts.store import ROOT, FolderStore, checked
 from memtrack.artifacts.upload import Task, Upload
 from memtrack.artifacts.worker import Job
-from memtrack.errors import ArtifactError, ArtifactFormatError, MissingDependencyError, SettingsError
+from memtrack.errors import (
+    ArtifactError,
+    ArtifactFormatError,
+    MemtrackError,
+    MissingDependencyError,
+    SettingsError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,8 +36,8 @@ BASES = ("auto", "off")
 RESERVED = ("packs", "restore.py")
 """What stands beside the artifacts in a run."""
 NEEDS = ("numpy", "zstandard")
-
-_held = 0
+CACHE_BYTES = 1 << 30
+"""Packs that are kept beside the recordings, of each run, when they are stored."""
 
 
 def log_artifact(
@@ -132,41 +139,43 @@ def _log(
         _check(path)
     top = os.path.join(config.make_directory(settings), "artifacts")
     store = _store(to, top)
+    cache_bytes = _cache_bytes()
+    upload = Upload(name, store.key)
     place = os.path.join(top, _folder_name(store.key))
-    held = _new_folder(place)
-    fds: tuple[int, ...] = ()
+    held = os.path.join(place, "held", f"job-{os.urandom(8).hex()}")
     try:
+        os.makedirs(held, 0o700)
         if path is None:
             path = save(state, os.path.join(held, os.path.basename(family)))
-            sources: list[list[Any]] = [[os.path.basename(path), path, 0o644, path]]
-        else:
-            sources, fds = _hold(path, held)
+        sources, fds = _hold(path, held)
+        job = Job(
+            name=name,
+            family=family,
+            step=step,
+            compress=compress,
+            use_base=base == "auto",
+            with_md5=store.keeps_files,
+            folder=store.folder or os.path.join(place, "packs"),
+            keeps_packs=store.keeps_files,
+            cache_bytes=cache_bytes,
+            state=place,
+            held=held,
+            sources=sources,
+            stored=None,
+            note=_text(name, store.key),
+            path=[entry for entry in sys.path if entry],
+        )
+        uploads.uploader.add(Task(upload, store, job, note(job, store.key), fds))
+    except OSError as exc:
+        shutil.rmtree(held, ignore_errors=True)
+        if isinstance(exc, MemtrackError):
+            raise
+        # a disk that is full is no reason for a training to end
+        upload._end(f"{exc.strerror or exc}: {exc.filename or place}")
+        uploads.warn(upload, "is not tried again: log it once more when there is room")
     except BaseException:
         shutil.rmtree(held, ignore_errors=True)
         raise
-    job = Job(
-        name=name,
-        family=family,
-        step=step,
-        compress=compress,
-        use_base=base == "auto",
-        with_md5=store.keeps_files,
-        folder=store.folder or os.path.join(place, "packs"),
-        keeps_packs=store.keeps_files,
-        state=place,
-        held=held,
-        sources=sources,
-        stored=None,
-        note=_note(name, store.key),
-        path=[entry for entry in sys.path if entry],
-    )
-    upload = Upload(name, store.key)
-
-    def on_over(is_stored: bool) -> None:
-        if not is_stored:
-            shutil.rmtree(held, ignore_errors=True)
-
-    uploads.uploader.add(Task(upload, store, job, fds, on_over))
     return upload
 
 
@@ -215,6 +224,8 @@ def _check(path: str) -> None:
 def _hold(path: str, held: str) -> tuple[list[list[Any]], tuple[int, ...]]:
     """What there is to pack, held by links so that it can be removed or replaced; or by being open, if it is one file
     for which there can be no link."""
+    if os.path.dirname(path) == held:  # it has been saved there
+        return [[os.path.basename(path), path, 0o644, path]], ()
     if not os.path.isdir(path):
         place = os.path.join(held, os.path.basename(path))
         row = [os.path.basename(path), place, stat.S_IMODE(os.stat(path).st_mode) & 0o777, path]
@@ -251,13 +262,9 @@ def _link(path: str, place: str) -> bool:
     return True
 
 
-def _new_folder(place: str) -> str:
-    """A folder for the links to what is being stored."""
-    global _held
-    _held += 1
-    folder = os.path.join(place, "held", f"job-{os.getpid()}-{_held}")
-    os.makedirs(folder, 0o700)
-    return folder
+def _cache_bytes() -> int:
+    text = os.environ.get("MEMTRACK_ARTIFACT_CACHE") or CACHE_BYTES
+    return 0 if text == "0" else config.size_bytes("MEMTRACK_ARTIFACT_CACHE", text)
 
 
 def _folder_name(key: str) -> str:
@@ -266,7 +273,7 @@ def _folder_name(key: str) -> str:
     return name if len(name) <= 80 else f"{name[:40]}-{sha256(key.encode()).hexdigest()[:16]}"
 
 
-def _note(name: str, key: str) -> str:
+def _text(name: str, key: str) -> str:
     where = "FOLDER" if key.startswith("folder:") else key
     return (
         f"memtrack artifact {name}: a manifest, of packs in memtrack/packs.\n"

@@ -30,6 +30,8 @@ def save(state: Any, path: str) -> str:
             sys.modules["scipy.sparse"].save_npz(path, state, compressed=False)
         else:
             sys.modules["torch"].save(state, path)
+    except OSError:
+        raise
     except Exception as exc:
         raise ArtifactError(f"cannot save the state: {exc}") from exc
     return path

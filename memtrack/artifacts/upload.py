@@ -17,6 +17,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memtrack.agent.launch import interpreter
+from memtrack.artifacts.pending import leftovers
 from memtrack.artifacts.script import script
 from memtrack.artifacts.store import PACKS, ROOT, Pack
 from memtrack.errors import DeliveryError, MemtrackError, RejectedError
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     import subprocess
     from collections.abc import Callable
 
+    from memtrack.artifacts.pending import Pending
     from memtrack.artifacts.store import Store
     from memtrack.artifacts.worker import Job
 
@@ -103,10 +105,10 @@ class Task(NamedTuple):
     upload: Upload
     store: Store
     job: Job
-    fds: tuple[int, ...]
+    pending: Pending
+    """What tells of it if this process does not come to an end with it."""
+    fds: tuple[int, ...] = ()
     """Files that are held open for the process that packs."""
-    on_over: Callable[[bool], None]
-    """Called once, with whether it was stored."""
 
 
 class _Given(Exception):
@@ -187,35 +189,34 @@ class Uploader:
                 if self._giving_up.is_set():
                     return
                 self._current = self._tasks.popleft()
-            stored = False
             try:
-                stored = self._store(self._current)
+                self._store(self._current)
             except _Given:
                 return
             except Exception as exc:
                 self._current.upload._end(f"{type(exc).__name__}: {exc}")
-                _warn(self._current.upload, "is not tried again")
+                warn(self._current.upload, "is not tried again")
             finally:
                 task, self._current = self._current, None
                 for fd in task.fds:
                     os.close(fd)
                 if task.upload._over.is_set():
-                    task.on_over(stored)
+                    task.pending.done(held=task.job.held)
 
-    def _store(self, task: Task) -> bool:
+    def _store(self, task: Task) -> None:
         pause_s = FIRST_PAUSE_S
         while True:
             try:
                 self._attempt(task)
                 task.upload._end()
-                return True
+                return
             except _Wrong as exc:
                 task.upload.error = str(exc)
                 if not exc.again:
                     task.upload._end(str(exc))
-                    _warn(task.upload, "is not tried again")
-                    return False
-                _warn(task.upload, "is tried again")
+                    warn(task.upload, "is not tried again")
+                    return
+                warn(task.upload, "is tried again")
             if self._giving_up.wait(pause_s):
                 raise _Given
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
@@ -227,11 +228,20 @@ class Uploader:
             stored = {name[len(PACKS) : -len(".mtz")]: size for name, size in names.items() if name.startswith(PACKS)}
             self._put_script(task, names)
             self._stocked.add(store.key)
+            self._go_on(task)
         worker = _start(task.job._replace(stored=stored), task.fds)
         try:
             self._serve(task, worker)
         finally:
             _end(worker)
+
+    def _go_on(self, task: Task) -> None:
+        """See to what an earlier process has left of the same run."""
+        left = [
+            Task(Upload(one.job.name, one.key), task.store, one.job, one.pending) for one in leftovers(task.job.state)
+        ]
+        with self._changed:
+            self._tasks.extend(left)
 
     def _put_script(self, task: Task, names: dict[str, int]) -> None:
         """Let what restores without memtrack be there, too."""
@@ -282,7 +292,7 @@ class Uploader:
                 return found
             except DeliveryError as exc:
                 task.upload.error = str(exc)
-                _warn(task.upload, "is tried again")
+                warn(task.upload, "is tried again")
                 if isinstance(exc, RejectedError):
                     pause_s = LONGEST_PAUSE_S
                 pause_s = max(pause_s, exc.retry_after_s or 0.0)
@@ -293,7 +303,8 @@ class Uploader:
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
 
-def _warn(upload: Upload, what_now: str) -> None:
+def warn(upload: Upload, what_now: str) -> None:
+    """Tell once a store what is wrong with an artifact."""
     warn_once(f"artifact {upload.where}", f"memtrack cannot store {upload.name} ({upload.error}). It {what_now}.", "")
 
 

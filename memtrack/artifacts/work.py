@@ -86,8 +86,7 @@ class _Work:
         if word == "stored":
             self._ledger.mark_stored(pack)
             self._waiting.discard(pack)
-            if not self._job.keeps_packs:
-                _remove(self._path_of(pack))
+            self._evict()
 
     def _hold(self, *, is_base: bool) -> None:
         """Keep the links to the files if the next checkpoint can be told as a difference to this one."""
@@ -99,6 +98,22 @@ class _Work:
                 os.replace(job.held, place)
             else:
                 shutil.rmtree(job.held, ignore_errors=True)
+
+    def _evict(self) -> None:
+        """Of the packs that are stored, keep the newest, as many as may be kept."""
+        if self._job.keeps_packs:
+            return
+        found = []
+        with os.scandir(self._job.folder) as entries:
+            for entry in entries:
+                known = self._ledger.pack(entry.name.removesuffix(".mtz"))
+                if known is not None and known[2]:
+                    found.append((entry.stat().st_mtime_ns, entry.path, known[0]))
+        room = self._job.cache_bytes
+        for _, path, size in sorted(found, reverse=True):
+            room -= size
+            if room < 0:
+                _remove(path)
 
     def _path_of(self, pack: str) -> str:
         return os.path.join(self._job.folder, f"{pack}.mtz")

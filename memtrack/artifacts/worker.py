@@ -37,7 +37,9 @@ class Job(NamedTuple):
     folder: str
     """Where packs are made."""
     keeps_packs: bool
-    """Whether they stay there."""
+    """Whether they stay there, because the store reads them there."""
+    cache_bytes: int
+    """How much of them stays there otherwise once it is stored, to tell differences to when a file has been overwritten."""
     state: str
     """The folder of the ledger."""
     held: str
