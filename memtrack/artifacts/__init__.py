@@ -1,0 +1,1 @@
+"""Files of a run, packed and kept where its tracker keeps them."""

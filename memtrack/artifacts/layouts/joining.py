@@ -18,7 +18,7 @@ frozen, must not depend on its neighbours."""
 
 _RUN_BYTES = 64
 _PLANE_BYTES = 100
-"""What a run costs, however short, once and for each byte of its items: entries in tables, frames, code tables."""
+"""What a run costs, however short, once and, of numbers, for each byte of an item: entries, frames, code tables."""
 _BYTES_AS_NUMBERS = 0.6
 _NUMBERS_AS_BYTES = 0.35
 _NUMBERS_AS_OTHERS = 0.4
@@ -74,7 +74,7 @@ def _joined(pieces: list[Run]) -> list[Run]:
         sizes[_kind(piece)] += piece.length
     del sizes[_BYTES]
     kinds = [_BYTES, *(kind for kind, _ in sizes.most_common(_KINDS))]
-    prices = {kind: _RUN_BYTES + _PLANE_BYTES * ITEM_BYTES[kind[0]] for kind in kinds}
+    prices = {kind: _RUN_BYTES + (_PLANE_BYTES * ITEM_BYTES[kind[0]] if kind[0] else 0) for kind in kinds}
     rates = {own: [_rate(own, kind) for kind in kinds] for own in (_BYTES, *sizes)}
 
     infinite = float("inf")

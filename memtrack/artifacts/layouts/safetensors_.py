@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from sys import intern
 from typing import TYPE_CHECKING
 
 from memtrack.artifacts.layouts.parts import DTYPE_OF, ITEM_BYTES, MAX_PARTS, Tensor, count_of, read_at
@@ -29,11 +30,14 @@ def tensors(file: BinaryIO, size: int) -> list[Tensor]:
     if length > MAX_HEADER // 4 and not header.isascii():
         raise ValueError("a text that takes four bytes for each of its characters")
     # no number in a header has a point or many digits
-    entries = json.loads(header, parse_int=_small, parse_float=_refuse, parse_constant=_refuse)
+    entries = json.loads(header, object_hook=_entry, parse_int=_small, parse_float=_refuse, parse_constant=_refuse)
+    del header
     entries.pop("__metadata__", None)
     if len(entries) > MAX_PARTS:
         raise ValueError("too many tensors")
-    found = [_tensor(name, entry, begin) for name, entry in entries.items()]
+    found = [
+        Tensor(name, dtype, shape, begin + first, last - first) for name, (dtype, shape, first, last) in entries.items()
+    ]
     found.sort(key=lambda tensor: (tensor.offset, tensor.length))
     end = begin
     for tensor in found:
@@ -45,15 +49,18 @@ def tensors(file: BinaryIO, size: int) -> list[Tensor]:
     return found
 
 
-def _tensor(name: str, entry: dict[str, Any], begin: int) -> Tensor:
+def _entry(entry: dict[str, Any]) -> Any:
+    """What the header says of a tensor, while it is read: as a dict of lists it is four times as large."""
+    if "data_offsets" not in entry:
+        return entry
     dtype, shape = entry["dtype"], tuple(entry["shape"])
     first, last = entry["data_offsets"]
-    if type(first) is not int or type(last) is not int or not 0 <= first <= last or type(dtype) is not str:
-        raise ValueError("not a tensor")
+    if type(first) is not int or type(last) is not int or not 0 <= first <= last:
+        raise ValueError("not a place")
     count = count_of(shape)
     if dtype in DTYPE_OF and count * ITEM_BYTES[DTYPE_OF[dtype]] != last - first:
         raise ValueError("its place does not fit its shape")
-    return Tensor(name, dtype, shape, begin + first, last - first)
+    return intern(dtype), shape, first, last
 
 
 def _small(digits: str) -> int:

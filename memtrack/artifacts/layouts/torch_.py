@@ -28,8 +28,7 @@ def storages(file: BinaryIO, members: list[Member]) -> list[Tensor]:
 
     Raises ValueError and whatever else a broken pickle gives rise to.
     """
-    found = [storage for flat, _ in _read(file, members) for storage in flat.values()]
-    return sorted(found, key=lambda storage: storage.offset)
+    return _in_order([storage for flat, _ in _read(file, members) for storage in flat.values()])
 
 
 def tensors(file: BinaryIO, members: list[Member]) -> list[Tensor]:
@@ -37,15 +36,21 @@ def tensors(file: BinaryIO, members: list[Member]) -> list[Tensor]:
 
     Raises ValueError and whatever else a broken pickle gives rise to.
     """
-    found = []
+    named: list[Tensor] = []
+    unnamed: list[Tensor] = []
     for flat, contents in _read(file, members):
+        taken = set()
         for path, view in contents.views:
-            storage = flat.get(view.storage)
-            tensor = None if storage is None else _within(storage, path, view)
+            tensor = _within(flat[view.storage], path, view) if view.storage in flat else None
             if tensor is not None:
-                found.append(tensor)
-    taken = {tensor.offset for tensor in found}
-    return found + [storage for storage in storages(file, members) if storage.offset not in taken]
+                named.append(tensor)
+                taken.add(view.storage)
+        unnamed += [storage for key, storage in flat.items() if key not in taken]
+    return named + _in_order(unnamed)
+
+
+def _in_order(found: list[Tensor]) -> list[Tensor]:
+    return sorted(found, key=lambda tensor: tensor.offset)
 
 
 def _read(file: BinaryIO, members: list[Member]) -> Iterator[tuple[dict[str, Tensor], Contents]]:
