@@ -11,14 +11,14 @@ export MLFLOW_DISABLE_TELEMETRY = true
 export DO_NOT_TRACK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test suite floors lint bench soak fuzz wheel clean
+.PHONY: help demo test suite floors lint bench bench-artifacts soak fuzz wheel clean
 
 # For how long, and where findings and what was tried are left.
 FUZZ_SECONDS ?= 1200
 FUZZ_DIR ?= test-artifacts/fuzz
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # The demo needs most of what the tests need, so there is one environment for all. --compile: with
 # PYTHONDONTWRITEBYTECODE set, every start would otherwise compile the trackers again, which takes seconds. compileall
@@ -97,6 +97,14 @@ lint: $(READY)  ## ruff, mypy --strict, import-linter
 
 bench: $(READY)  ## the figures in the README, measured here in a quarter of an hour
 	@MPLBACKEND=Agg $(BIN)/python tests/benchmarks/overhead.py --rounds 1 $(BENCH_ARGS)
+
+bench-artifacts: $(READY) $(VENV)/.bench  ## what artifacts take when they are stored, measured here in a quarter of an hour
+	@$(BIN)/python tests/benchmarks/artifacts.py $(BENCH_ARGS)
+
+$(VENV)/.bench: $(READY)
+	@echo "  installing what the corpus is made with, and who else stores it ..."
+	@$(PIP) install --compile --group bench
+	@touch $@
 
 wheel: $(READY)  ## build dist/*.whl
 	@rm -rf dist

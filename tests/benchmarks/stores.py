@@ -35,6 +35,7 @@ class MlflowStore:
 
     peak_key = "system/memory/process/rss_peak_mib"
     own = OwnMemory("system/system_memory_usage_megabytes", 1e6 / MIB, True)
+    artifacts_option = "--default-artifact-root"
     environ: dict[str, str] = {}  # noqa: RUF012 - never changed
 
     def __init__(self, folder: Path, environ: dict[str, str], kind: str) -> None:
@@ -52,7 +53,7 @@ class MlflowStore:
             port = probe.getsockname()[1]
         command = [
             sys.executable, "-m", "mlflow", "server", "--backend-store-uri", self.address, "--host", "127.0.0.1",
-            "--port", str(port), "--workers", "1", "--default-artifact-root", str(folder / "artifacts"),
+            "--port", str(port), "--workers", "1", self.artifacts_option, str(folder / "artifacts"),
         ]  # fmt: skip
         with open(folder / "server.log", "wb") as log:
             self._server = subprocess.Popen(command, env=environ, stdout=log, stderr=log, start_new_session=True)
