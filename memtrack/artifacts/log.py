@@ -140,7 +140,7 @@ def _log(
     top = os.path.join(config.make_directory(settings), "artifacts")
     store = _store(to, top)
     cache_bytes = _cache_bytes()
-    upload = Upload(name, store.key)
+    upload = Upload(name, store.source)
     place = os.path.join(top, _folder_name(store.key))
     held = os.path.join(place, "held", f"job-{os.urandom(8).hex()}")
     try:
@@ -162,10 +162,10 @@ def _log(
             held=held,
             sources=sources,
             stored=None,
-            note=_text(name, store.key),
+            note=_text(name, store),
             path=[entry for entry in sys.path if entry],
         )
-        uploads.uploader.add(Task(upload, store, job, note(job, store.key), fds))
+        uploads.uploader.add(Task(upload, store, job, note(job, store.source), fds))
     except OSError as exc:
         shutil.rmtree(held, ignore_errors=True)
         if isinstance(exc, MemtrackError):
@@ -273,8 +273,9 @@ def _folder_name(key: str) -> str:
     return name if len(name) <= 80 else f"{name[:40]}-{sha256(key.encode()).hexdigest()[:16]}"
 
 
-def _text(name: str, key: str) -> str:
-    where = "FOLDER" if key.startswith("folder:") else key
+def _text(name: str, store: Store) -> str:
+    # where a folder is now, it need not be when this is read
+    where = "FOLDER" if isinstance(store, FolderStore) else store.source
     return (
         f"memtrack artifact {name}: a manifest, of packs in memtrack/packs.\n"
         f"To restore it: memtrack restore {where}/{name}\n"

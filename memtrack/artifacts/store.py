@@ -45,6 +45,10 @@ class Store(Protocol):
         """Which run of which tracker: ``mlflow:RUN_ID``."""
 
     @property
+    def source(self) -> str:
+        """What a source for ``memtrack.restore`` begins with, up to the name: ``mlflow:RUN_ID``."""
+
+    @property
     def keeps_files(self) -> bool:
         """Whether the tracker reads later on the very files that it was given: they have to stay where they are."""
 
@@ -99,6 +103,10 @@ class FolderStore:
     @property
     def key(self) -> str:
         return f"folder:{sha256(os.path.realpath(self.path).encode()).hexdigest()[:24]}"
+
+    @property
+    def source(self) -> str:
+        return self.path
 
     def put(self, path: str, name: str, md5: str) -> None:
         place = self.place(name)

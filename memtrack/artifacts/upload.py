@@ -48,7 +48,7 @@ class Upload:
         self.name = name
         """Of the artifact, as it is restored by."""
         self.where = where
-        """Which run of which tracker: ``mlflow:RUN_ID``."""
+        """What the source for ``memtrack.restore`` begins with: ``mlflow:RUN_ID``, or a folder."""
         self.error = ""
         """Why it could not be stored, or not yet; "" if nothing is wrong."""
         self.bytes_done = self.bytes_total = self.bytes_stored = 0
@@ -62,6 +62,11 @@ class Upload:
     def done(self) -> bool:
         """Whether the store has all of it."""
         return self._is_stored
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nobody tries to store it any more, well or not."""
+        return self._over.is_set()
 
     @property
     def eta_s(self) -> float | None:
@@ -81,7 +86,7 @@ class Upload:
     def __str__(self) -> str:
         if self._is_stored:
             how_far = "stored"
-        elif self._over.is_set():
+        elif self.is_over:
             how_far = "not stored"
         elif not self.bytes_done:
             how_far = "waiting"
@@ -157,7 +162,7 @@ class Uploader:
         deadline, told = monotonic() + timeout_s, False
         for upload in self.pending(key):
             upload.wait(max(min(SILENT_S, deadline - monotonic()), 0.0))
-            while not upload._over.is_set() and monotonic() < deadline:
+            while not upload.is_over and monotonic() < deadline:
                 if not told:
                     told = True
                     _say(f"memtrack: waiting up to {timeout_s:g} s for artifacts (Ctrl-C ends that)")
@@ -173,6 +178,10 @@ class Uploader:
             pass
         for upload in self.pending():
             _say(f"memtrack: {upload.name} is not stored yet; log it once more, or run: memtrack sync")
+        self.give_up()
+
+    def give_up(self) -> None:
+        """Leave what is not stored to the next process, now."""
         self._giving_up.set()
         with self._changed:
             self._changed.notify_all()
@@ -200,7 +209,7 @@ class Uploader:
                 task, self._current = self._current, None
                 for fd in task.fds:
                     os.close(fd)
-                if task.upload._over.is_set():
+                if task.upload.is_over:
                     task.pending.done(held=task.job.held)
 
     def _store(self, task: Task) -> None:
@@ -238,7 +247,7 @@ class Uploader:
     def _go_on(self, task: Task) -> None:
         """See to what an earlier process has left of the same run."""
         left = [
-            Task(Upload(one.job.name, one.key), task.store, one.job, one.pending) for one in leftovers(task.job.state)
+            Task(Upload(one.job.name, one.where), task.store, one.job, one.pending) for one in leftovers(task.job.state)
         ]
         with self._changed:
             self._tasks.extend(left)

@@ -39,7 +39,7 @@ class Job(NamedTuple):
     keeps_packs: bool
     """Whether they stay there, because the store reads them there."""
     cache_bytes: int
-    """How much of them stays there otherwise once it is stored, to tell differences to when a file has been overwritten."""
+    """How much stays there otherwise once it is stored: what has been overwritten meanwhile is decoded from that."""
     state: str
     """The folder of the ledger."""
     held: str

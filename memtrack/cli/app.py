@@ -13,6 +13,7 @@ from memtrack.cli.console import fail
 from memtrack.cli.doctor import doctor
 from memtrack.cli.ls import ls
 from memtrack.cli.report import report
+from memtrack.cli.restore import restore
 from memtrack.cli.run import run
 from memtrack.cli.sync import sync
 from memtrack.errors import MemtrackError
@@ -63,4 +64,5 @@ app.command()(attach)
 app.command()(ls)
 app.command()(report)
 app.command()(sync)
+app.command()(restore)
 app.command()(doctor)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from memtrack.cli import artifacts
 from memtrack.cli.options import Directory, folder
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def sync(
     ] = None,
     directory: Directory = None,
 ) -> None:
-    """Deliver to the trackers what dead or stopped processes left behind.
+    """Deliver to the trackers what dead or stopped processes left behind, recordings and artifacts.
 
     The agent does so by itself, and so does the next start in the same folder; this tells how it went. Exits with 1 if
     something remains.
@@ -36,8 +37,9 @@ def sync(
 
     path = folder(directory)
     wanted = [find(run, path) for run in runs] if runs else undelivered(path)
+    waiting = [] if runs else artifacts.left_behind(path)
     console = stdout()
-    if not wanted:
+    if not wanted and not waiting:
         console.print(f"nothing in {path} waits to be delivered", markup=False, soft_wrap=True)
         return
     complete = True
@@ -46,6 +48,11 @@ def sync(
             lines, done = _deliver(recording, status)
         for line in lines:
             console.print(line, markup=False, soft_wrap=True)
+        complete = complete and done
+    for left in waiting:
+        with stderr().status(f"storing {left.job.name}") as status:
+            line, done = artifacts.store(left, status)
+        console.print(line, markup=False, soft_wrap=True)
         complete = complete and done
     if not complete:
         raise typer.Exit(1)
