@@ -52,7 +52,11 @@ class _Work:
             with_md5=job.with_md5,
         )
         sources = [Source(path, opened, mode) for path, opened, mode, _ in job.sources]
-        packed = packer.pack(sources, job.step, lambda plain: job.note + plain + "\n")
+        try:
+            packed = packer.pack(sources, job.step, lambda plain: job.note + plain + "\n")
+        finally:
+            if earlier is not None:
+                earlier.close()
         while self._waiting:
             self._hear()
         packs = {pack: [*(ledger.pack(pack) or (0, ""))[:2], packer.path_of(pack)] for pack in packed.packs}
