@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
     from memtrack.sinks.following import Attach
 
 STATUSES = ("FINISHED", "FAILED", "KILLED")
+
+
+_following: list[_MlflowFollower] = []
+"""The one that follows now, if any does."""
 
 
 class _MlflowFollower(Follower):
@@ -32,6 +37,15 @@ class _MlflowFollower(Follower):
         if run is not None:
             self._on_start(run)
 
+    def remove(self) -> None:
+        """As any follower does."""
+        _following.clear()
+        super().remove()
+
+    def newest(self) -> str | None:
+        """The id of the run that began last of those that are being fed in this process."""
+        return next((str(key) for pid, key in reversed(self._fed) if pid == os.getpid()), None)
+
     def _on_start(self, run: Any) -> None:
         info = getattr(run, "info", None)
         if info is not None:
@@ -49,4 +63,10 @@ def autolog(attach: Attach) -> Callable[[], None]:
     """
     follower = _MlflowFollower(attach)
     follower.install(import_module("mlflow.tracking.fluent"))
+    _following[:] = [follower]
     return follower.remove
+
+
+def followed_run_id() -> str | None:
+    """The run that began last of those that are followed: MLflow itself knows a run as active in its own thread only."""
+    return _following[0].newest() if _following else None

@@ -124,7 +124,7 @@ class ServerRun:
         if response.status_code == 200 and answer is not None:
             return answer
         hint = _where.refusal_hint(response.status_code, creds)
-        raise _refusal(response, answer if isinstance(answer, dict) else {}, hint)
+        raise refusal(response, answer if isinstance(answer, dict) else {}, hint)
 
 
 class ClientRun:
@@ -165,7 +165,7 @@ def translate(call: Any, *args: Any, **kwargs: Any) -> Any:
         raise _error(code)(text) from (exc if said in text else None)
 
 
-def _refusal(response: Any, answer: dict[str, Any], hint: str) -> DeliveryError:
+def refusal(response: Any, answer: dict[str, Any], hint: str) -> DeliveryError:
     """What a bad answer means. Only MLflow's own error codes are final: a proxy's 404 may pass."""
     code = str(answer.get("error_code", ""))
     text = f"{code or f'HTTP {response.status_code}'}: {_first_line(answer.get('message') or response.reason)}{hint}"

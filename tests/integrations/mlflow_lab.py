@@ -272,6 +272,8 @@ class Proxy(Store):
             def do_POST(self):
                 self.forward(self.rfile.read(int(self.headers.get("Content-Length", 0))))
 
+            do_PUT = do_POST
+
             def forward(self, body):
                 what = None
                 refused = proxy.gate(self.headers)
