@@ -82,7 +82,7 @@ class Archive:
             with _open_own(new, os.O_RDWR | os.O_CREAT | os.O_TRUNC) as file:
                 with (
                     zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive,
-                    _Left(self._path, self._target) as left,
+                    Left(self._path, self._target) as left,
                 ):
                     self._compose(archive, left, figures)
                 file.flush()
@@ -96,7 +96,7 @@ class Archive:
     def close(self) -> None:
         """Nothing is held; what waits is there for the next."""
 
-    def _compose(self, archive: zipfile.ZipFile, left: _Left, figures: RunFigures) -> None:
+    def _compose(self, archive: zipfile.ZipFile, left: Left, figures: RunFigures) -> None:
         assets: dict[str, None] = {}
         with archive.open(MESSAGES, "w", force_zip64=True) as file:
             there = set()
@@ -142,12 +142,12 @@ class Archive:
     def _find_known(self) -> set[Point | None]:
         """The points of memtrack's that are there already."""
         _cut_torn_line(self._waiting)
-        with _Left(self._path, self._target) as left:
+        with Left(self._path, self._target) as left:
             known = {_point(line) for line, _ in left.messages()}
         return known | {_point(line) for line in _lines(self._waiting)}
 
 
-class _Left:
+class Left:
     """What is left of an experiment: a complete archive, else the folder that Comet makes it of, else nothing.
 
     Usable as a context manager.
@@ -168,7 +168,7 @@ class _Left:
             self.close()
             self._archive, self.experiment = None, {}
 
-    def __enter__(self) -> _Left:
+    def __enter__(self) -> Left:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -182,7 +182,7 @@ class _Left:
         """Each whole line, with the names of the assets that it is about. Lines about assets that are not there are
         left out: where one is, Comet's readers skip all the rest."""
         try:
-            file = self._open(MESSAGES)
+            file = self.open(MESSAGES)
         except FileNotFoundError:
             return
         with file:
@@ -199,18 +199,25 @@ class _Left:
 
     def copy(self, name: str, archive: zipfile.ZipFile) -> None:
         """Copy an asset into an archive."""
-        with self._open(name) as source, archive.open(name, "w", force_zip64=True) as file:
+        with self.open(name) as source, archive.open(name, "w", force_zip64=True) as file:
             while part := source.read(1 << 20):
                 file.write(part)
 
     def _has(self, name: str) -> bool:
         try:
-            self._open(name).close()
+            self.open(name).close()
         except (KeyError, OSError):
             return False
         return name not in (EXPERIMENT, MESSAGES)
 
-    def _open(self, name: str) -> IO[bytes]:
+    def size(self, name: str) -> int:
+        """The size of an asset in bytes. Raises KeyError or OSError."""
+        if self._archive is not None:
+            return self._archive.getinfo(name).file_size
+        return os.path.getsize(os.path.join(self._folder, os.path.basename(name)))
+
+    def open(self, name: str) -> IO[bytes]:
+        """A file of the experiment's, to be read. Raises KeyError or OSError."""
         if self._archive is not None:
             return self._archive.open(name)
         if not self._folder or os.path.basename(name) != name:

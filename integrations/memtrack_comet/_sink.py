@@ -67,7 +67,7 @@ class CometSink:
         experiment_key: str = experiment.get_key()
         # the end of it: keys that users choose often begin alike
         self._key = f"comet:{experiment_key[-34:]}"
-        self._target = _target(experiment, experiment_key)
+        self._target = target_of(experiment, experiment_key)
 
     @property
     def key(self) -> str:
@@ -178,7 +178,7 @@ def _continue(experiment_key: str) -> Any:
         raise
     except Exception as exc:
         # not refused: this process may lack the API key that the other one had
-        raise DeliveryError(f"Comet cannot continue the experiment: {_first_line(exc)}") from exc
+        raise DeliveryError(f"Comet cannot continue the experiment: {first_line(exc)}") from exc
     if not is_running(experiment):
         raise DeliveryError("Comet does not answer, or does not let this experiment be continued")
     return experiment
@@ -217,7 +217,7 @@ def _log_without_time(experiment: Any, name: str, value: float, _timestamp_ms: i
     experiment.log_metric(name, value, include_context=False)
 
 
-def _target(experiment: Any, experiment_key: str) -> dict[str, str]:
+def target_of(experiment: Any, experiment_key: str) -> dict[str, str]:
     """Which experiment it is, for ``reopen``; empty for an offline one of which this version does not say where."""
     directory = getattr(experiment, "offline_directory", None)
     if directory is None:
@@ -241,7 +241,7 @@ def _target(experiment: Any, experiment_key: str) -> dict[str, str]:
     return {name: value for name, value in found.items() if value}
 
 
-def _first_line(exc: BaseException) -> str:
+def first_line(exc: BaseException) -> str:
     return str(exc).partition("\n")[0] or type(exc).__name__
 
 

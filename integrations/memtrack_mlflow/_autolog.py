@@ -68,5 +68,5 @@ def autolog(attach: Attach) -> Callable[[], None]:
 
 
 def followed_run_id() -> str | None:
-    """The run that began last of those that are followed: MLflow itself knows a run as active in its own thread only."""
+    """The run that began last of those that are followed: MLflow knows a run as active in its own thread only."""
     return _following[0].newest() if _following else None

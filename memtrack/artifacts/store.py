@@ -11,7 +11,7 @@ from memtrack.errors import ArtifactFormatError, ArtifactNotFoundError, Delivery
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from typing import IO
+    from typing import IO, Any
 
 ROOT = "memtrack"
 """The folder that has everything of ours in a run."""
@@ -83,6 +83,12 @@ class Store(Protocol):
 
     def close(self) -> None:
         """Release what is held. Never raises."""
+
+
+class Readable(Protocol):
+    """What can be copied."""
+
+    def read(self, size: int, /) -> bytes: ...
 
 
 class FolderStore:
@@ -189,7 +195,7 @@ def _is_plain(part: str) -> bool:
     return part not in ("", ".", "..") and part.isprintable() and not {*'\\:*?"<>|'} & {*part}
 
 
-def write_whole(source: IO[bytes], place: str, *, link: str = "") -> None:
+def write_whole(source: Readable, place: str, *, link: str = "") -> None:
     """Write what is read from ``source`` to a file that appears as a whole or not at all, and outlives a power cut.
 
     ``link``: the path of ``source``, to be linked to where that can be done. Raises OSError.
@@ -206,6 +212,18 @@ def write_whole(source: IO[bytes], place: str, *, link: str = "") -> None:
     except BaseException:
         _forget(part)
         raise
+
+
+class Body:
+    """The body of an answer that ``requests`` is still receiving, as a file to be read. Raises as ``requests`` does."""
+
+    def __init__(self, answer: Any) -> None:
+        answer.raise_for_status()
+        self._parts = answer.iter_content(_PART_BYTES)
+
+    def read(self, size: int = -1, /) -> bytes:
+        part: bytes = next(self._parts, b"")
+        return part
 
 
 def _linked(path: str, part: str) -> bool:

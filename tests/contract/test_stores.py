@@ -85,7 +85,7 @@ def test_a_full_disk_leaves_no_half_file(tmp_path):
     """What cannot be written is not there at all, and says why."""
     store = FolderStore(str(tmp_path / "store"))
     put(store, tmp_path, b"x")
-    with pytest.raises(DeliveryError, match="No space left|cannot read or write"):
+    with pytest.raises(DeliveryError, match="cannot read or write /dev/full"):
         store.get(NAME, "/dev/full/x")
     (tmp_path / "store" / "memtrack" / "packs").chmod(stat.S_IRUSR | stat.S_IXUSR)
     if os.geteuid():

@@ -18,6 +18,7 @@ mlflow = pytest.importorskip("mlflow")
 pytest.importorskip("sqlalchemy", reason="needs the full mlflow, with its SQL store")
 
 from memtrack_mlflow import active_store, open_store  # noqa: E402 - needs mlflow
+
 from tests.integrations.mlflow_lab import Proxy, Server, sqlite_copy  # noqa: E402
 
 
