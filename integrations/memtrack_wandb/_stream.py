@@ -104,7 +104,7 @@ def held(root: str, run_id: str, writer: str = "") -> dict[int, frozenset[str]]:
         # what comes before the id in the name of a run's folder is a time, and a number may come behind it
         pattern = os.path.join(glob.escape(root), folder, "offline-run-*", f"run-{glob.escape(run_id)}.wandb")
         for path in glob.glob(pattern):
-            for data in _log_records(path):
+            for data in log_records(path):
                 record = protocol.Record.FromString(data)
                 ours = record.HasField("stats") and [
                     item.key for item in record.stats.item if _is_ours(item.key, writer)
@@ -124,7 +124,7 @@ def _is_ours(key: str, writer: str) -> bool:
     return name.startswith("memory/") and label == writer
 
 
-def _log_records(path: str) -> Iterator[bytes]:
+def log_records(path: str) -> Iterator[bytes]:
     """The records of a ``.wandb`` file, up to its end or to where it is torn.
 
     It is a LevelDB log behind seven bytes: blocks of 32 KiB with pieces of records. Before each piece there are a crc
