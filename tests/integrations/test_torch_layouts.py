@@ -41,7 +41,7 @@ def layout(data: bytes):
 
 def content(tensor) -> bytes:
     """The bytes of its elements, in order."""
-    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return bytes(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
 
 
 def check(data: bytes, expected) -> None:

@@ -27,9 +27,23 @@ WEIGHTS = (RANDOM.standard_normal(MIB // 2) * 0.02).astype("<f4")
 BFLOATS = (WEIGHTS.view("<u4") >> 16).astype("<u2")
 
 
+class Careful(io.BytesIO):
+    """A file that is only asked for what may be in it: a real one refuses to go to places far beyond its end."""
+
+    def seek(self, offset, whence=0):
+        if not 0 <= offset <= len(self.getbuffer()):
+            raise OSError(f"asked to go to {offset}")
+        return super().seek(offset, whence)
+
+    def read(self, size=-1):
+        if not 0 <= size <= 16 * MIB:
+            raise OSError(f"asked for {size} bytes")
+        return super().read(size)
+
+
 def layout(data: bytes):
     """The layout, and that it is sound: runs cover the file in order, none is empty or ends within an item."""
-    found = layout_of(io.BytesIO(data), len(data))
+    found = layout_of(Careful(data), len(data))
     end = 0
     for run in found.runs:
         assert run.offset == end
@@ -39,7 +53,7 @@ def layout(data: bytes):
         end += run.length
     assert end == len(data)
     assert all(one.dtype or other.dtype for one, other in zip(found.runs, found.runs[1:], strict=False))
-    for tensor in tensors_of(io.BytesIO(data), len(data)):
+    for tensor in tensors_of(Careful(data), len(data)):
         assert 0 <= tensor.offset <= tensor.offset + tensor.length <= len(data)
     return found
 
@@ -102,6 +116,24 @@ def torch_zip(top: str, state, storages: dict[str, bytes], *, pickled: bytes | N
             info.extra = struct.pack("<HH", 0x4246, padding) + b"Z" * padding
             archive.writestr(info, content)
     return file.getvalue()
+
+
+def large_zip(data: bytes, offset: int = 0) -> bytes:
+    """The same archive with a directory as those of more than 4 GiB have it, which says where ``a/data/0`` begins."""
+    at = data.rindex(b"PK\5\6")
+    length, begin = struct.unpack_from("<LL", data, at + 12)
+    directory = bytearray(data[begin:at])
+    place = directory.index(b"a/data/0") - 46
+    header = offset or struct.unpack_from("<L", directory, place + 42)[0]
+    struct.pack_into("<L", directory, place + 42, 0xFFFFFFFF)
+    name_length, extra_length = struct.unpack_from("<HH", directory, place + 28)
+    extra = struct.pack("<HHQ", 1, 8, header)
+    struct.pack_into("<H", directory, place + 30, len(extra))
+    directory[place + 46 + name_length : place + 46 + name_length + extra_length] = extra
+    end = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, 9, 9, len(directory), begin)
+    locator = struct.pack("<4sLQL", b"PK\6\7", 0, begin + len(directory), 1)
+    last = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
+    return data[:begin] + directory + end + locator + last
 
 
 def npz(**arrays) -> bytes:
@@ -199,6 +231,15 @@ def test_torch_runs_have_the_same_key_whatever_the_file_is_called():
     assert [found.kind for found in layouts] == ["torch", "torch"]
     one, other = ([run[1:] for run in found.runs if run.dtype] for found in layouts)
     assert one == other == [(4 * LARGE, "f32", "data/0"), (2 * LARGE, "bf16", "data/17")]
+
+
+def test_torch_of_many_gigabytes():
+    """Offsets of 64 bits are read; those that lead out of the file are not followed."""
+    data = torch_zip("a", {"w": Storage("FloatStorage", "0", LARGE)}, {"0": bytes(4 * LARGE)})
+    assert numbers_in(large_zip(data)) == numbers_in(data)
+    assert zipfile.ZipFile(io.BytesIO(large_zip(data))).read("a/data/0") == bytes(4 * LARGE)
+    for offset in (2**32, 2**62, 2**64 - 1, 1, len(data)):
+        assert layout(large_zip(data, offset)).kind == "bytes"
 
 
 def test_torch_tensors_by_path():
@@ -367,6 +408,7 @@ SEEDS = [
         {"w": Storage("FloatStorage", "0", LARGE // 4), "o": {0: Storage("HalfStorage", "1", 5000)}},
         {"0": bytes(LARGE), "1": bytes(10000), "2": bytes(77)},
     ),
+    large_zip(torch_zip("a", {"w": Storage("FloatStorage", "0", 300)}, {"0": bytes(1200)})),
     npy(np.zeros((300, 11), "<f8")),
     npz(a=np.zeros(9000, "<f2"), b=np.zeros((0, 3)), c=np.zeros(LARGE, "<i1")),
 ]

@@ -19,11 +19,11 @@ frozen, must not depend on its neighbours."""
 _RUN_BYTES = 64
 _PLANE_BYTES = 100
 """What a run costs, however short, once and, of numbers, for each byte of an item: entries, frames, code tables."""
-_BYTES_AS_NUMBERS = 0.6
-_NUMBERS_AS_BYTES = 0.35
-_NUMBERS_AS_OTHERS = 0.4
-_NUMBERS_AS_ALIKE = 0.05
-"""What is lost for each byte that is packed as something else than what it is, the last if it is as long an item."""
+_AS_BYTES = 0.35
+_AS_ALIKE = 0.05
+_AS_OTHERS = 0.4
+"""What is lost for each byte of a number that is packed as plain bytes, for one packed as a number of the same length,
+and for any byte packed as a number that it is no part of."""
 _KINDS = 4
 """How many kinds of runs are considered where small tensors of many kinds follow each other."""
 
@@ -120,9 +120,7 @@ def _kind(piece: Run) -> _Kind:
 def _rate(own: _Kind, packed_as: _Kind) -> float:
     if own == packed_as:
         return 0.0
-    if own == _BYTES:
-        return _BYTES_AS_NUMBERS
     if packed_as == _BYTES:
-        return _NUMBERS_AS_BYTES
-    alike = ITEM_BYTES[own[0]] == ITEM_BYTES[packed_as[0]] and own[1] == packed_as[1]
-    return _NUMBERS_AS_ALIKE if alike else _NUMBERS_AS_OTHERS
+        return _AS_BYTES
+    alike = own != _BYTES and ITEM_BYTES[own[0]] == ITEM_BYTES[packed_as[0]] and own[1] == packed_as[1]
+    return _AS_ALIKE if alike else _AS_OTHERS

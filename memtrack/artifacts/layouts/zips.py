@@ -55,9 +55,11 @@ def members_of(file: BinaryIO, size: int) -> list[Member]:
     members = []
     end = 0
     for name, header, stored_length, stored in entries:
+        if not end <= header <= begin - _LOCAL.size:
+            raise ValueError("members overlap, or lie outside")
         magic, name_length, extra_length = _LOCAL.unpack(read_at(file, header, _LOCAL.size))
         offset = header + _LOCAL.size + name_length + extra_length
-        if magic != MAGIC or header < end or offset + stored_length > begin:
+        if magic != MAGIC or offset + stored_length > begin:
             raise ValueError("a member that is not where the directory says")
         members.append(Member(name, offset, stored_length, stored))
         end = offset + stored_length
