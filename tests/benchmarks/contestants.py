@@ -45,13 +45,14 @@ class Memtrack:
 
     def __init__(self, task: Task, verb: str, tracker: str = "") -> None:
         import memtrack
+        import numpy  # noqa: F401 - no training does without
 
         self._memtrack: Any = memtrack
         self._tracker = tracker
         self._client: Any = None
         self._root = str(task.folder)
         if verb == "restore":
-            for needed in ("numpy", "zstandard", *(["mlflow"] if tracker == "mlflow" else [])):
+            for needed in ("zstandard", *(["mlflow"] if tracker == "mlflow" else [])):
                 import_module(needed)
         elif tracker:
             self._client = CLIENTS[tracker]("plain", task.address)

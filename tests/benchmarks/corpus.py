@@ -185,7 +185,7 @@ def gpt(folder: Path) -> None:
     data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     shape = {"vocab_size": 256, "n_embd": 256, "n_layer": 6, "n_head": 8, "bos_token_id": None, "eos_token_id": None}
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).train()
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-4)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
     for step in range(1, CHECKPOINTS * EVERY_STEPS + 1):
         starts = torch.randint(len(data) - length, (size,)).tolist()
         batch = torch.stack([data[at : at + length] for at in starts]).long()
