@@ -121,7 +121,7 @@ def torch_zip(top: str, state, storages: dict[str, bytes], *, pickled: bytes | N
 def large_zip(data: bytes, offset: int = 0) -> bytes:
     """The same archive with a directory as those of more than 4 GiB have it, which says where ``a/data/0`` begins."""
     at = data.rindex(b"PK\5\6")
-    length, begin = struct.unpack_from("<LL", data, at + 12)
+    (begin,) = struct.unpack_from("<L", data, at + 16)
     directory = bytearray(data[begin:at])
     place = directory.index(b"a/data/0") - 46
     header = offset or struct.unpack_from("<L", directory, place + 42)[0]
@@ -487,6 +487,8 @@ def bombs():
         "nested": b")" + b"\x85" * 30_000 + b".",
         "itself": b"}q\0" + b"".join(b"X\3\0\0\0%03dh\0s" % number for number in range(900)) + b".",
         "uses": b"".join(b"j" + struct.pack("<L", number) + b"0" for number in range(10**5)) + b".",
+        "dicts": (b"}" * 60_000 + b"(") * 4 + b".",
+        "globals": b"\x80\4X\xf4\1\0\0" + b"x" * 500 + b"\x94" + b"h\0h\0\x93" * 60_000 + b".",
         "text": b"\x8d" + struct.pack("<Q", 2**62) + b"x",
     }
     for name, pickled in pickles.items():

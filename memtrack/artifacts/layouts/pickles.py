@@ -7,6 +7,7 @@ is imported, called or made, so that a pickle can do no more than be wrong about
 
 from __future__ import annotations
 
+from sys import getsizeof
 from typing import TYPE_CHECKING, NamedTuple
 
 from memtrack.artifacts.layouts.opcodes import MAX_TEXT, operations
@@ -20,8 +21,11 @@ if TYPE_CHECKING:
 
 MAX_PICKLE = 64 << 20
 MAX_KEPT = 1 << 16
-"""Of the values that are used again, on the stack, and of entries in dicts, each."""
-MAX_TEXTS = 8 << 20
+"""Of the values that are used again, and of those on the stack."""
+MAX_ITEMS = 1_000_000
+"""Of all tuples together: some twenty for each tensor."""
+MAX_TEXTS = 16 << 20
+"""Bytes in memory."""
 MAX_DEPTH = 500
 """Of marks."""
 
@@ -94,6 +98,8 @@ class _Machine:
         self._wanted = wanted
         self._memo: dict[int, Any] = {}
         self._noted = 0
+        self._waiting = 0
+        self._items = 0
         self._entries = 0
         self._text_bytes = 0
 
@@ -110,14 +116,16 @@ class _Machine:
         elif name in ("BINUNICODE", "SHORT_BINUNICODE"):
             stack.append(self._text(argument))
         elif name in ("BININT", "BININT1", "BININT2", "LONG1"):
-            stack.append(int.from_bytes(argument, "little", signed=name in ("BININT", "LONG1")))
+            number = int.from_bytes(argument, "little", signed=name in ("BININT", "LONG1"))
+            stack.append(number if len(argument) <= 8 else None)
         elif name == "MARK":
             self._below.append(stack)
+            self._waiting += len(stack)
             self.stack = []
             if len(self._below) > MAX_DEPTH:
                 raise ValueError("too deep")
         elif name == "GLOBAL":
-            stack.append(_Global(self._text(argument[:-1].replace(b"\n", b" ")) or ""))
+            stack.append(_Global(self._text(argument[:-1].replace(b"\n", b" "))))
         elif name == "DUP":
             stack.append(stack[-1])
         elif name != "STOP":
@@ -125,7 +133,7 @@ class _Machine:
             left = self._left(name, taken)
             if operation.leaves:
                 self.stack += [left] * operation.leaves
-        if len(self.stack) > MAX_KEPT:
+        if self._waiting + len(self.stack) > MAX_KEPT:
             raise ValueError("too much on the stack")
 
     def _take(self, operation: Operation) -> list[Any]:
@@ -133,6 +141,7 @@ class _Machine:
         marked: list[Any] = []
         if operation.takes_marked:
             marked, self.stack = self.stack, self._below.pop()
+            self._waiting -= len(self.stack)
         if operation.takes > len(self.stack):
             raise ValueError("nothing on the stack")
         first = len(self.stack) - operation.takes
@@ -143,7 +152,7 @@ class _Machine:
     def _left(self, name: str, taken: list[Any]) -> Any:
         """What stands for the result."""
         if name in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_TUPLE"):
-            return _flat(taken)
+            return self._tuple(taken)
         if name == "BINPERSID":
             return self._storage(taken[0])
         if name == "REDUCE":
@@ -158,22 +167,28 @@ class _Machine:
         if name in ("EMPTY_DICT", "NEWOBJ"):
             return {}
         if name == "STACK_GLOBAL":
-            return _Global(f"{taken[0]} {taken[1]}")
+            return _Global(self._text(f"{taken[0]} {taken[1]}"[:MAX_TEXT].encode()))
         return None
 
-    def _text(self, argument: bytes) -> str | None:
-        if not 0 < len(argument) <= MAX_TEXT:
-            return None
-        self._text_bytes += len(argument)
+    def _text(self, argument: bytes) -> str:
+        text = argument.decode("utf-8", "replace")
+        self._text_bytes += getsizeof(text)
         if self._text_bytes > MAX_TEXTS:
             raise ValueError("too much text")
-        return argument.decode("utf-8", "replace")
+        return text
+
+    def _tuple(self, items: list[Any]) -> tuple[Any, ...] | None:
+        """A tuple of at most 64 items, without dicts, and tuples only of others: torch makes a tensor of no more."""
+        self._items += len(items)
+        if self._items > MAX_ITEMS:
+            raise ValueError("too many items")
+        return None if len(items) > 64 else tuple(None if _is_nested(item) else item for item in items)
 
     def _set(self, target: Any, entries: Any) -> None:
-        """Of dicts only what may be, or hold, a tensor is kept."""
+        """Of dicts only what may be, or hold, a tensor is kept; a name that was too long to be read is ""."""
         if type(target) is dict:
             for key, value in entries:
-                if type(key) in (str, int) and type(value) in (View, dict):
+                if type(key) in (str, int) and key != "" and type(value) in (View, dict):
                     target[key] = value
                     self._entries += 1
             if self._entries > 2 * MAX_PARTS:
@@ -212,13 +227,8 @@ class _Machine:
         return View(storage.key, first, shape, strides) if sides_known else None
 
 
-def _flat(items: list[Any]) -> tuple[Any, ...] | None:
-    """A tuple of at most 64 items, without tuples of tuples: none that torch makes of a tensor has more."""
-    if len(items) > 64:
-        return None
-    return tuple(
-        None if type(item) is tuple and any(type(inner) is tuple for inner in item) else item for item in items
-    )
+def _is_nested(item: Any) -> bool:
+    return type(item) is dict or (type(item) is tuple and any(type(inner) is tuple for inner in item))
 
 
 def _paths(top: Any) -> Iterator[tuple[str, View]]:
