@@ -35,6 +35,12 @@ class CometReader:
     def key(self) -> str:
         return f"comet:{self.experiment_key[-34:]}"
 
+    def source(self, name: str) -> str:
+        return f"comet:{self.experiment_key}/{name}"
+
+    def before_end(self, wait: Callable[[], None]) -> None:
+        """Nothing is stored here that could be waited for."""
+
     def put(self, path: str, name: str, md5: str) -> None:
         raise RejectedError(f"{self.key} is open to be read: artifacts are stored in an experiment that is running")
 

@@ -28,10 +28,8 @@ class _CometFollower(Follower):
         """Follow the experiments to come, and the one that is running already."""
         self.after(comet_ml.Experiment, "__init__", self._on_start)
         self.after(comet_ml.OfflineExperiment, "__init__", self._on_start)
-        base = comet_ml.CometExperiment
-        # before: nothing is taken any more once Comet has begun to close.
-        # Where a version does not have it, what is left is the call that users make
-        self.before(base, "_clean_experiment" if hasattr(base, "_clean_experiment") else "end", self._on_end)
+        # before: nothing is taken any more once Comet has begun to close
+        self.before(*end_of(comet_ml), self._on_end)
         running = comet_ml.get_running_experiment()
         if running is not None:
             self._on_start(running)
@@ -43,6 +41,13 @@ class _CometFollower(Follower):
 
     def _on_end(self, experiment: Any, *_: Any, **__: Any) -> None:
         self.ended(id(experiment))
+
+
+def end_of(comet_ml: Any) -> tuple[type, str]:
+    """The class, and its method that ends an experiment."""
+    base = comet_ml.CometExperiment
+    # where a version does not have it, what is left is the call that users make
+    return base, "_clean_experiment" if hasattr(base, "_clean_experiment") else "end"
 
 
 def autolog(attach: Attach) -> Callable[[], None]:

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from memtrack.artifacts.store import checked
 from memtrack.errors import DeliveryError, MissingDependencyError, RejectedError, SettingsError
+from memtrack.sinks.following import Ends
 from memtrack_comet._archive import MESSAGES
 from memtrack_comet._assets import ArchivedAssets, CometReader, UploadedAssets
+from memtrack_comet._autolog import end_of
 from memtrack_comet._sink import first_line, is_running, target_of
 
 if TYPE_CHECKING:
@@ -62,6 +64,9 @@ def open_store(reference: str) -> tuple[CometReader, str]:
     return UploadedAssets(parts[at], None), "/".join(parts[at + 1 :])
 
 
+_ends = Ends()
+
+
 class CometStore(CometReader):
     """The assets of an experiment that is running. Comet has copied a file, or uploaded it, when ``put`` returns.
 
@@ -74,6 +79,14 @@ class CometStore(CometReader):
         self._experiment = experiment
         self._target = target_of(experiment, self.experiment_key)
         self._log: Log = _log_without_step if _knows_assets(experiment) else _log_publicly
+
+    def source(self, name: str) -> str:
+        if self._target.get("mode") == "offline":
+            return f"comet:{self._target['archive'].replace('*', self.experiment_key)}/{name}"
+        return super().source(name)
+
+    def before_end(self, wait: Callable[[], None]) -> None:
+        _ends.add(*end_of(import_module("comet_ml")), self._experiment, wait)
 
     def put(self, path: str, name: str, md5: str) -> None:
         checked(name)

@@ -15,7 +15,7 @@ from memtrack_mlflow._files import files_at
 from memtrack_mlflow._run import run_writer, translate
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from memtrack.artifacts.store import Pack
     from memtrack_mlflow._files import Files
@@ -66,6 +66,12 @@ class MlflowStore:
     @property
     def key(self) -> str:
         return f"mlflow:{self._run_id}"
+
+    def source(self, name: str) -> str:
+        return f"{self.key}/{name}"
+
+    def before_end(self, wait: Callable[[], None]) -> None:
+        """MLflow takes files after the end of a run as well."""
 
     def put(self, path: str, name: str, md5: str) -> None:
         try:

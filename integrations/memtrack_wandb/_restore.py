@@ -15,7 +15,7 @@ from memtrack_wandb._stream import log_records
 from memtrack_wandb._where import first_line
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from memtrack.artifacts.store import Pack
 
@@ -43,6 +43,12 @@ class Reader:
 
     def commit(self, path: str, name: str, md5: str, packs: Mapping[str, Pack]) -> None:
         self.put(path, name, md5)
+
+    def source(self, name: str) -> str:
+        return f"{self.key}/{name}"
+
+    def before_end(self, wait: Callable[[], None]) -> None:
+        """Nothing is stored here that could be waited for."""
 
     def close(self) -> None:
         """Nothing is held."""

@@ -19,13 +19,15 @@ from memtrack.errors import (
     RejectedError,
     SettingsError,
 )
+from memtrack.sinks.following import Ends
+from memtrack_wandb._autolog import FINISHED
 from memtrack_wandb._files import RunFiles, md5_of
 from memtrack_wandb._restore import TYPE, ArtifactVersion, OfflineRun, is_md5
 from memtrack_wandb._sink import active_runs
 from memtrack_wandb._where import first_line
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from memtrack.artifacts.store import Pack
 
@@ -76,6 +78,9 @@ def open_store(reference: str) -> tuple[OfflineRun | ArtifactVersion, str]:
     return version, version.name
 
 
+_ends = Ends()
+
+
 class WandbStore:
     """The artifacts of a run that is active.
 
@@ -102,6 +107,15 @@ class WandbStore:
     @property
     def folder(self) -> str:
         return os.path.join(self._files.own.path, *PACKS.strip("/").split("/"))
+
+    def source(self, name: str) -> str:
+        run = self._run
+        if run.settings.mode == "offline":
+            return f"wandb:{run.settings.sync_dir}/{name}"
+        return f"wandb:{run.entity}/{run.project}/{artifact_of(run.id, name)[0]}"
+
+    def before_end(self, wait: Callable[[], None]) -> None:
+        _ends.add(type(self._run), FINISHED, self._run, wait)
 
     def put(self, path: str, name: str, md5: str) -> None:
         if getattr(self._run, "_is_finished", False):

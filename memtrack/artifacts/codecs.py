@@ -29,8 +29,8 @@ RAW_BYTES = 128 << 10
 """What a zstd block may hold."""
 WORTH = 0.97
 """What takes longer must be smaller by this."""
-FEW = 0.6
-"""Floats that planes make smaller than this repeat themselves: they may be smaller still as they are."""
+FEW = 0.75
+"""Floats that planes make smaller than this repeat themselves, unlike weights: they may be smaller as they are."""
 
 
 class Coded(NamedTuple):

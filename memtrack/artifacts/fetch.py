@@ -193,7 +193,7 @@ def _full_name(store: Store, known: dict[str, int] | None, name: str) -> str:
         return steps[-1][len(ROOT) + 1 : -4]
     there = sorted(one[len(ROOT) + 1 : -4] for one in known if _is_manifest(one))
     raise ArtifactNotFoundError(
-        f"there is no artifact {name!r} in {store.key}; {'there are: ' + ', '.join(there[:20]) if there else 'nor any'}"
+        f"there is no artifact {store.source(name)}; {'there are: ' + ', '.join(there[:20]) if there else 'nor any'}"
     )
 
 

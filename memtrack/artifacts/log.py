@@ -7,7 +7,6 @@ import re
 import shutil
 import stat
 import sys
-from hashlib import sha256
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +35,7 @@ BASES = ("auto", "off")
 RESERVED = ("packs", "restore.py")
 """What stands beside the artifacts in a run."""
 NEEDS = ("numpy", "zstandard")
+MAX_FOLDER_NAME = 120
 CACHE_BYTES = 1 << 30
 """Packs that are kept beside the recordings, of each run, when they are stored."""
 
@@ -140,7 +140,7 @@ def _log(
     top = os.path.join(config.make_directory(settings), "artifacts")
     store = _store(to, top)
     cache_bytes = _cache_bytes()
-    upload = Upload(name, store.source)
+    upload = Upload(name, store.source(name))
     place = os.path.join(top, _folder_name(store.key))
     held = os.path.join(place, "held", f"job-{os.urandom(8).hex()}")
     try:
@@ -165,7 +165,7 @@ def _log(
             note=_text(name, store),
             path=[entry for entry in sys.path if entry],
         )
-        uploads.uploader.add(Task(upload, store, job, note(job, store.source), fds))
+        uploads.uploader.add(Task(upload, store, job, note(job, store.source(name)), fds))
     except OSError as exc:
         shutil.rmtree(held, ignore_errors=True)
         if isinstance(exc, MemtrackError):
@@ -268,16 +268,20 @@ def _cache_bytes() -> int:
 
 
 def _folder_name(key: str) -> str:
-    """A name for the folder of a store: one that tells which, and that any file system takes."""
-    name = re.sub(r"[^A-Za-z0-9_.-]", "-", key)
-    return name if len(name) <= 80 else f"{name[:40]}-{sha256(key.encode()).hexdigest()[:16]}"
+    """A name for the folder of a store, by which no other store goes, and that any file system takes."""
+    name = re.sub(r"[^A-Za-z0-9_.-]", lambda found: f"%{ord(found[0]):02X}", key)
+    if len(name) > MAX_FOLDER_NAME:
+        from hashlib import sha256  # it brings OpenSSL, 4 MiB
+
+        name = f"{name[:40]}-{sha256(key.encode()).hexdigest()[:24]}"
+    return name
 
 
 def _text(name: str, store: Store) -> str:
     # where a folder is now, it need not be when this is read
-    where = "FOLDER" if isinstance(store, FolderStore) else store.source
+    source = f"FOLDER/{name}" if isinstance(store, FolderStore) else store.source(name)
     return (
         f"memtrack artifact {name}: a manifest, of packs in memtrack/packs.\n"
-        f"To restore it: memtrack restore {where}/{name}\n"
+        f"To restore it: memtrack restore {source}\n"
         f"Without memtrack, with Python, numpy and a zstd: python memtrack/restore.py memtrack/{name}.mtz --to FOLDER"
     )

@@ -39,11 +39,11 @@ class Left(NamedTuple):
 
     pending: Pending
     job: Job
-    where: str
-    """What the source of it begins with, see ``Store.source``."""
+    source: str
+    """What it is restored by, see ``Store.source``."""
 
 
-def note(job: Job, where: str) -> Pending:
+def note(job: Job, source: str) -> Pending:
     """Note an artifact; what was left of the same name before is superseded. Raises OSError."""
     for left in leftovers(job.state):
         if left.job.name == job.name:
@@ -55,7 +55,7 @@ def note(job: Job, where: str) -> Pending:
     path = os.path.join(folder, f"{os.path.basename(job.held)}.json")
     fd = os.open(f"{path}.part", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     _lock(fd)
-    text = json.dumps({"where": where, "job": job._asdict()}).encode()
+    text = json.dumps({"source": source, "job": job._asdict()}).encode()
     view = memoryview(text)
     while view:
         view = view[os.write(fd, view) :]
@@ -79,7 +79,7 @@ def leftovers(state: str) -> Iterator[Left]:
         except (OSError, TypeError, KeyError, ValueError):
             os.close(fd)
             continue
-        yield Left(Pending(path, fd), job._replace(sources=list(map(_at_hand, job.sources))), found["where"])
+        yield Left(Pending(path, fd), job._replace(sources=list(map(_at_hand, job.sources))), found["source"])
 
 
 def _at_hand(source: list[object]) -> list[object]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import stat
-from hashlib import sha256
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from memtrack.errors import ArtifactFormatError, ArtifactNotFoundError, DeliveryError, MemtrackError, RejectedError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from typing import IO, Any
 
 ROOT = "memtrack"
@@ -44,9 +43,8 @@ class Store(Protocol):
     def key(self) -> str:
         """Which run of which tracker: ``mlflow:RUN_ID``."""
 
-    @property
-    def source(self) -> str:
-        """What a source for ``memtrack.restore`` begins with, up to the name: ``mlflow:RUN_ID``."""
+    def source(self, name: str) -> str:
+        """What ``memtrack.restore`` takes for the artifact of this name: ``mlflow:RUN_ID/NAME``."""
 
     @property
     def keeps_files(self) -> bool:
@@ -81,6 +79,9 @@ class Store(Protocol):
         Raises :class:`~memtrack.errors.ArtifactError` where that cannot be done, with what to do instead.
         """
 
+    def before_end(self, wait: Callable[[], None]) -> None:
+        """Let ``wait`` be called before the run ends, where nothing can be stored afterwards. Called once a run."""
+
     def close(self) -> None:
         """Release what is held. Never raises."""
 
@@ -108,11 +109,10 @@ class FolderStore:
 
     @property
     def key(self) -> str:
-        return f"folder:{sha256(os.path.realpath(self.path).encode()).hexdigest()[:24]}"
+        return f"folder:{os.path.realpath(self.path)}"
 
-    @property
-    def source(self) -> str:
-        return self.path
+    def source(self, name: str) -> str:
+        return os.path.join(self.path, name)
 
     def put(self, path: str, name: str, md5: str) -> None:
         place = self.place(name)
@@ -166,6 +166,9 @@ class FolderStore:
             return
         except OSError as exc:
             raise _unwritable(place, exc) from exc
+
+    def before_end(self, wait: Callable[[], None]) -> None:
+        """A folder does not end."""
 
     def close(self) -> None:
         """Nothing is held."""

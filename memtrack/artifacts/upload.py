@@ -7,7 +7,6 @@ program has loaded anyway, so that no other process has to load it again.
 from __future__ import annotations
 
 import atexit
-import hashlib
 import json
 import os
 import sys
@@ -44,11 +43,11 @@ SINGLE_THREADED = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM
 class Upload:
     """An artifact on its way to a store, as ``memtrack.log_artifact`` returns it. Thread-safe."""
 
-    def __init__(self, name: str, where: str) -> None:
+    def __init__(self, name: str, source: str) -> None:
         self.name = name
-        """Of the artifact, as it is restored by."""
-        self.where = where
-        """What the source for ``memtrack.restore`` begins with: ``mlflow:RUN_ID``, or a folder."""
+        """Of the artifact."""
+        self.source = source
+        """What ``memtrack.restore`` takes for it: ``mlflow:RUN_ID/NAME``."""
         self.error = ""
         """Why it could not be stored, or not yet; "" if nothing is wrong."""
         self.bytes_done = self.bytes_total = self.bytes_stored = 0
@@ -97,7 +96,7 @@ class Upload:
         return f"{self.name}: {how_far}{ratio}{f' ({self.error})' if self.error else ''}"
 
     def __repr__(self) -> str:
-        return f"<memtrack.Upload to {self.where}: {self}>"
+        return f"<memtrack.Upload to {self.source}: {self}>"
 
     def _end(self, error: str = "") -> None:
         self.error, self._is_stored = error, not error
@@ -139,10 +138,16 @@ class Uploader:
         self._thread: threading.Thread | None = None
         self._stocked: set[str] = set()
         """Stores that were asked what they have."""
+        self._watched: set[str] = set()
+        """Those whose end is waited for."""
 
     def add(self, task: Task) -> None:
         """Store an artifact when those before it are."""
         with self._changed:
+            if task.store.key not in self._watched:
+                self._watched.add(task.store.key)
+                key = task.store.key
+                task.store.before_end(lambda: self.wait_for_run(key))
             self._tasks.append(task)
             if self._thread is None or not self._thread.is_alive():
                 atexit.unregister(self.at_exit)
@@ -169,6 +174,15 @@ class Uploader:
                 _say(f"memtrack: {upload}")
                 upload.wait(min(5 * SILENT_S, max(deadline - monotonic(), 0.0)))
         return not self.pending(key)
+
+    def wait_for_run(self, key: str) -> None:
+        """The run with this key is about to end. Never raises."""
+        try:
+            self.finish(exit_wait_s(), key)
+        except KeyboardInterrupt:
+            pass  # that ends the waiting, and the run ends in order
+        except Exception as exc:
+            warn_once("artifact wait", f"memtrack does not wait for artifacts ({type(exc).__name__}: {exc}).")
 
     def at_exit(self) -> None:
         """The program ends: what is not stored within a while is left for the next one."""
@@ -247,7 +261,8 @@ class Uploader:
     def _go_on(self, task: Task) -> None:
         """See to what an earlier process has left of the same run."""
         left = [
-            Task(Upload(one.job.name, one.where), task.store, one.job, one.pending) for one in leftovers(task.job.state)
+            Task(Upload(one.job.name, one.source), task.store, one.job, one.pending)
+            for one in leftovers(task.job.state)
         ]
         with self._changed:
             self._tasks.extend(left)
@@ -259,7 +274,7 @@ class Uploader:
             path = os.path.join(task.job.state, "restore.py")
             with open(path, "wb") as file:
                 file.write(text)
-            md5 = hashlib.md5(text, usedforsecurity=False).hexdigest()
+            md5 = _md5(text) if task.job.with_md5 else ""
             self._patiently(task, lambda: task.store.put(path, RESTORE, md5))
 
     def _serve(self, task: Task, worker: subprocess.Popen[str]) -> None:
@@ -314,7 +329,17 @@ class Uploader:
 
 def warn(upload: Upload, what_now: str) -> None:
     """Tell once a store what is wrong with an artifact."""
-    warn_once(f"artifact {upload.where}", f"memtrack cannot store {upload.name} ({upload.error}). It {what_now}.", "")
+    warn_once(
+        f"artifact {os.path.dirname(upload.source)}",
+        f"memtrack cannot store {upload.name} ({upload.error}). It {what_now}.",
+        "",
+    )
+
+
+def _md5(text: bytes) -> str:
+    from hashlib import md5  # it brings OpenSSL, 4 MiB, which most of those who want an md5 have loaded
+
+    return md5(text, usedforsecurity=False).hexdigest()
 
 
 def _start(job: Job, fds: tuple[int, ...]) -> subprocess.Popen[str]:

@@ -34,11 +34,11 @@ def store(left: Left, status: Status) -> tuple[str, bool]:
 
     name = left.job.name
     try:
-        opened, _ = open_store(f"{left.where}/{name}")
+        opened, _ = open_store(left.source)
     except MemtrackError as exc:
         left.pending.leave()
         return f"{name}: {exc}", False
-    upload = uploads.Upload(name, left.where)
+    upload = uploads.Upload(name, left.source)
     uploads.uploader.add(uploads.Task(upload, opened, left.job, left.pending))
     waited_s, seen = 0.0, -1
     while not upload.wait(0.2) and not upload.is_over and waited_s < PATIENCE_S:

@@ -108,3 +108,24 @@ class Follower:
             hook(*args, **kwargs)
         except Exception as exc:
             warn_once("following", f"memtrack does not follow this run ({type(exc).__name__}: {exc}).")
+
+
+class Ends:
+    """What is waited for before the runs of a tracker end. Nothing is replaced before somebody wants that."""
+
+    def __init__(self) -> None:
+        self._follower: Follower | None = None
+        self._waits: dict[int, tuple[object, Callable[[], None]]] = {}
+
+    def add(self, owner: type, method: str, run: object, wait: Callable[[], None]) -> None:
+        """Call ``wait`` before ``owner.method`` ends the run, in the thread that does."""
+        if self._follower is None:
+            self._follower = Follower(lambda _make_sink: None)
+            self._follower.before(owner, method, self._on_end)
+        # the run is held, so that no other object gets its id()
+        self._waits[id(run)] = run, wait
+
+    def _on_end(self, run: object, *_: Any, **__: Any) -> None:
+        found = self._waits.pop(id(run), None)
+        if found is not None:
+            found[1]()

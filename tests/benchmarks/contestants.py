@@ -44,8 +44,9 @@ class Memtrack:
     """``log_checkpoint`` and ``log_artifact`` into a folder, or with a tracker's run."""
 
     def __init__(self, task: Task, verb: str, tracker: str = "") -> None:
-        import memtrack
         import numpy  # noqa: F401 - no training does without
+
+        import memtrack
 
         self._memtrack: Any = memtrack
         self._tracker = tracker

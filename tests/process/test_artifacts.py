@@ -212,7 +212,11 @@ def test_a_checkpoint_in_the_middle_goes_and_those_after_it_stay():
         (lambda: memtrack.log_artifact("f", name="packs"), SettingsError, "name='packs'"),
         (lambda: memtrack.log_artifact("f", compress="best"), SettingsError, "compress='best': give 'auto', 'max' or"),
         (lambda: memtrack.log_artifact("f", base="first"), SettingsError, "base='first': give 'auto' or 'off'"),
-        (lambda: memtrack.log_artifact("f", to=7), SettingsError, "to=7: give 'mlflow', 'wandb', 'comet', or a folder"),
+        (
+            lambda: memtrack.log_artifact("f", to=7),  # type: ignore[arg-type]
+            SettingsError,
+            "to=7: give 'mlflow', 'wandb', 'comet', or a folder",
+        ),
         (lambda: memtrack.log_artifact("f", to="mlflow"), ArtifactError, "no run of it is active in this process"),
         (lambda: memtrack.log_checkpoint("f", step=-1), SettingsError, "step=-1: give the number of a step"),
         (lambda: memtrack.log_checkpoint(3), SettingsError, "state='int': give a path, numpy arrays"),
