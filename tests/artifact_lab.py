@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from memtrack.artifacts.base import Earlier
-from memtrack.artifacts.packing import Packer, Source
+from memtrack.artifacts.packing import Packer, Source, state_of
 from memtrack.artifacts.reading import Artifact
 
 
@@ -110,6 +110,6 @@ class Shelf:
 def sources_of(path):
     path = Path(path)
     if path.is_file():
-        return [Source(path.name, str(path), 0o644)]
+        return [Source(path.name, str(path), 0o644, state_of(path.stat()))]
     files = sorted(file for file in path.rglob("*") if file.is_file())
-    return [Source(file.relative_to(path).as_posix(), str(file), 0o600) for file in files]
+    return [Source(file.relative_to(path).as_posix(), str(file), 0o600, state_of(file.stat())) for file in files]

@@ -11,11 +11,11 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from memtrack import config, registry
-from memtrack.artifacts import upload as uploads
 from memtrack.artifacts.pending import note
 from memtrack.artifacts.save import save
 from memtrack.artifacts.store import ROOT, FolderStore, checked
-from memtrack.artifacts.upload import Task, Upload
+from memtrack.artifacts.upload import Upload, warn
+from memtrack.artifacts.uploader import Task, current
 from memtrack.artifacts.worker import Job
 from memtrack.errors import (
     ArtifactError,
@@ -36,6 +36,7 @@ RESERVED = ("packs", "restore.py")
 """What stands beside the artifacts in a run."""
 NEEDS = ("numpy", "zstandard")
 MAX_FOLDER_NAME = 120
+FICLONE = 0x40049409
 CACHE_BYTES = 1 << 30
 """Packs that are kept beside the recordings, of each run, when they are stored."""
 
@@ -51,8 +52,9 @@ def log_artifact(
     """Store a file or a folder with the run: compressed, without what is there already, to be restored byte for byte.
 
     Returns at once. A process of low priority reads and packs it, holding 32 MiB at the most; what that has made goes
-    to the tracker piece by piece. The file may be replaced, renamed or removed as soon as this has returned; written to
-    in its place it may not. A folder on another file system than the recordings must stay until ``wait()``.
+    to the tracker piece by piece. The file may be replaced, renamed or removed as soon as this has returned. Where it
+    is written to before it has been read, what is stored is the later, which is told; ``wait()`` before that, or save
+    under another name. A folder on another file system than the recordings must stay until ``wait()``.
 
     Args:
         path: The file or folder. Links in a folder are stored as what they lead to, if that is a file.
@@ -129,7 +131,7 @@ def _log(
     settings = config.resolve({})
     if settings.disable:
         done = Upload(name, "nowhere")
-        done._end("memtrack is disabled")
+        done.settle("memtrack is disabled")
         return done
     for module in NEEDS:
         if find_spec(module) is None:
@@ -165,14 +167,14 @@ def _log(
             note=_text(name, store),
             path=[entry for entry in sys.path if entry],
         )
-        uploads.uploader.add(Task(upload, store, job, note(job, store.source(name)), fds))
+        current().add(Task(upload, store, job, note(job, store.source(name)), fds))
     except OSError as exc:
         shutil.rmtree(held, ignore_errors=True)
         if isinstance(exc, MemtrackError):
             raise
         # a disk that is full is no reason for a training to end
-        upload._end(f"{exc.strerror or exc}: {exc.filename or place}")
-        uploads.warn(upload, "is not tried again: log it once more when there is room")
+        upload.settle(f"{exc.strerror or exc}: {exc.filename or place}")
+        warn(upload, "is not tried again: log it once more when there is room")
     except BaseException:
         shutil.rmtree(held, ignore_errors=True)
         raise
@@ -225,25 +227,29 @@ def _hold(path: str, held: str) -> tuple[list[list[Any]], tuple[int, ...]]:
     """What there is to pack, held by links so that it can be removed or replaced; or by being open, if it is one file
     for which there can be no link."""
     if os.path.dirname(path) == held:  # it has been saved there
-        return [[os.path.basename(path), path, 0o644, path]], ()
+        return [_row(os.path.basename(path), path, path)], ()
     if not os.path.isdir(path):
         place = os.path.join(held, os.path.basename(path))
-        row = [os.path.basename(path), place, stat.S_IMODE(os.stat(path).st_mode) & 0o777, path]
         if _link(path, place):
-            return [row], ()
+            return [_row(os.path.basename(path), place, path)], ()
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        row[1] = f"/proc/self/fd/{fd}" if os.path.isdir("/proc/self/fd") else path
-        return [row], (fd,)
+        opened = f"/proc/self/fd/{fd}" if os.path.isdir("/proc/self/fd") else path
+        return [_row(os.path.basename(path), opened, path)], (fd,)
     rows = []
     for file in _files(path):
         inside = os.path.relpath(file, path)
         place = os.path.join(held, inside)
         os.makedirs(os.path.dirname(place), exist_ok=True)
-        opened = place if _link(file, place) else file
-        rows.append([inside.replace(os.sep, "/"), opened, stat.S_IMODE(os.stat(file).st_mode) & 0o777, file])
+        rows.append(_row(inside.replace(os.sep, "/"), place if _link(file, place) else file, file))
     if not rows:
         raise ArtifactError(f"cannot store {path}: there is no file in it")
     return rows, ()
+
+
+def _row(inside: str, opened: str, path: str) -> list[Any]:
+    """A file as the process that packs is told of it, see ``Job.sources``."""
+    status = os.stat(opened)
+    return [inside, opened, stat.S_IMODE(os.stat(path).st_mode) & 0o777, path, status.st_size, status.st_mtime_ns]
 
 
 def _files(folder: str) -> Iterator[str]:
@@ -255,11 +261,30 @@ def _files(folder: str) -> Iterator[str]:
 
 
 def _link(path: str, place: str) -> bool:
+    """Make a clone of the file, which stays as it is whatever is written to the file, or else a link to it."""
+    if _clone(path, place):
+        return True
     try:
         os.link(os.path.realpath(path), place)
     except OSError:
         return False
     return True
+
+
+def _clone(path: str, place: str) -> bool:
+    """Whether the file system could share the file's blocks, as btrfs and xfs do: ioctl_ficlone(2)."""
+    try:
+        from fcntl import ioctl
+    except ImportError:
+        return False
+    try:
+        with open(path, "rb") as source, open(place, "xb") as clone:
+            ioctl(clone.fileno(), FICLONE, source.fileno())
+        return True
+    except OSError:
+        if os.path.exists(place):
+            os.unlink(place)
+        return False
 
 
 def _cache_bytes() -> int:

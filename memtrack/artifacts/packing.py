@@ -39,6 +39,8 @@ class Source(NamedTuple):
     opened: str
     """Where to read it."""
     mode: int
+    state: tuple[int, int]
+    """Its size in bytes, and when it was written to last in nanoseconds of Unix time, as it was to be stored."""
 
 
 class Progress(NamedTuple):
@@ -61,7 +63,8 @@ class Packed(NamedTuple):
     has_numbers: bool
     """Whether the next artifact can be told as a difference to this one."""
     changed: list[str]
-    """Files that were written to while they were read, twice; what was read is stored."""
+    """Files that were written to after they were to be stored; what is stored is what they were when they were read,
+    or, of one that was written to all the time, parts of this and that."""
 
 
 class _Place(NamedTuple):
@@ -157,15 +160,15 @@ class Packer:
 
     def _file(self, source: Source) -> dict[str, Any]:
         with open(source.opened, "rb", buffering=0) as file:
-            before = os.fstat(file.fileno())
-            found = self._read(source, file, before.st_size)
-            after = os.fstat(file.fileno())
-            if _has_changed(before, after):
+            state = state_of(os.fstat(file.fileno()))
+            found = self._read(source, file, state[0])
+            after = state_of(os.fstat(file.fileno()))
+            if after != state:
                 # once more: what has not changed is there already
-                self._total += after.st_size
-                found = self._read(source, file, after.st_size)
-                if _has_changed(after, os.fstat(file.fileno())):
-                    self._changed.append(source.path)
+                self._total += after[0]
+                found = self._read(source, file, after[0])
+            if after != source.state or state_of(os.fstat(file.fileno())) != after:
+                self._changed.append(source.path)
             return found
 
     def _read(self, source: Source, file: BinaryIO, size: int) -> dict[str, Any]:
@@ -301,8 +304,9 @@ class Packer:
             self._on_progress(Progress(self._done, max(self._total, self._done), self._stored))
 
 
-def _has_changed(before: os.stat_result, after: os.stat_result) -> bool:
-    return (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns)
+def state_of(status: os.stat_result) -> tuple[int, int]:
+    """What changes when a file is written to."""
+    return status.st_size, status.st_mtime_ns
 
 
 def _blocks(file: BinaryIO, layout: Layout) -> Iterator[tuple[str, int, str, int, bytes]]:

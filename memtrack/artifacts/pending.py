@@ -84,8 +84,8 @@ def leftovers(state: str) -> Iterator[Left]:
 
 def _at_hand(source: list[object]) -> list[object]:
     """A file that was held open by the process that is gone is read where it was."""
-    path, opened, mode, original = source
-    return [path, opened if os.path.exists(str(opened)) else original, mode, original]
+    path, opened, mode, original, *state = source
+    return [path, opened if os.path.exists(str(opened)) else original, mode, original, *state]
 
 
 def _lock(fd: int) -> bool:

@@ -51,7 +51,7 @@ class _Work:
             earlier=earlier,
             with_md5=job.with_md5,
         )
-        sources = [Source(path, opened, mode) for path, opened, mode, _ in job.sources]
+        sources = [Source(path, opened, mode, (size, at)) for path, opened, mode, _, size, at in job.sources]
         try:
             packed = packer.pack(sources, job.step, lambda plain: job.note + plain + "\n")
         finally:
@@ -68,7 +68,7 @@ class _Work:
             changed=packed.changed,
         )
         self._hear("committed")
-        ledger.commit(job.name, job.family, ((path, original) for path, _, _, original in job.sources))
+        ledger.commit(job.name, job.family, ((path, original) for path, _, _, original, *_ in job.sources))
         if os.path.exists(packed.manifest.path):
             os.unlink(packed.manifest.path)
         self._hold(is_base=job.use_base and packed.has_numbers)

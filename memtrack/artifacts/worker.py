@@ -45,7 +45,7 @@ class Job(NamedTuple):
     held: str
     """The folder with links to the files, "" if there is none."""
     sources: list[list[Any]]
-    """Path in the artifact, where to read it, mode, and where it was."""
+    """Path in the artifact, where to read it, mode, where it was, its size, and when it was written to last."""
     stored: dict[str, int] | None
     """The packs that the store has, with their sizes; None if it was not asked."""
     note: str

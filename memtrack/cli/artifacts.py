@@ -28,8 +28,9 @@ def store(left: Left, status: Status) -> tuple[str, bool]:
     """Store an artifact. Returns what to say of it, and whether it is stored."""
     from rich.markup import escape
 
-    from memtrack.artifacts import upload as uploads
     from memtrack.artifacts.fetch import open_store
+    from memtrack.artifacts.upload import Upload
+    from memtrack.artifacts.uploader import Task, current
     from memtrack.errors import MemtrackError
 
     name = left.job.name
@@ -38,13 +39,13 @@ def store(left: Left, status: Status) -> tuple[str, bool]:
     except MemtrackError as exc:
         left.pending.leave()
         return f"{name}: {exc}", False
-    upload = uploads.Upload(name, left.source)
-    uploads.uploader.add(uploads.Task(upload, opened, left.job, left.pending))
+    upload = Upload(name, left.source)
+    current().add(Task(upload, opened, left.job, left.pending))
     waited_s, seen = 0.0, -1
     while not upload.wait(0.2) and not upload.is_over and waited_s < PATIENCE_S:
         status.update(escape(f"storing {upload}"))
         waited_s = 0.0 if upload.bytes_done != seen else waited_s + 0.2
         seen = upload.bytes_done
     if not upload.is_over:
-        uploads.uploader.give_up()
+        current().give_up()
     return f"{upload}", upload.done
