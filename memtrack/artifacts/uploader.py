@@ -129,7 +129,7 @@ class Uploader:
         except KeyboardInterrupt:
             pass
         self.give_up()
-        for upload in self.pending():
+        for upload in (one for one in self.pending() if not one.is_over):
             _say(f"memtrack: {upload.name} is not stored yet; log it once more, or run: memtrack sync")
 
     def give_up(self) -> None:
