@@ -7,7 +7,7 @@ another one; what comes back is compared byte for byte. Bytes are exact; process
 where it has other work. Trackers store files as they are, which is measured with a sequence of checkpoints, one of
 tables and the file of 2.1 GB, and taken for granted with the rest, in parentheses. Ten minutes, and 10 GB of disk.
 
-A target that is missed is marked; the exit status is 1 if a byte differs. Linux only.
+A target that is missed is marked; the exit status is 1 if a byte differs or a contestant fails. Linux only.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ sys.path += BY_PATH  # at the end: PYTHONPATH, and what is installed, come first
 from tests.benchmarks.corpus import BIG, DEFAULT, ITEMS, Item, build, progress  # noqa: E402
 from tests.benchmarks.stores import CometStore, MlflowStore, WandbStore  # noqa: E402
 from tests.benchmarks.tables import NAMES, render  # noqa: E402
-from tests.benchmarks.watched import Work, size_of, work  # noqa: E402
+from tests.benchmarks.watched import Failed, Work, size_of, work  # noqa: E402
 
 RATIOS = ("memtrack", "zstd", "xet", *NAMES)
 """Who is compared by what is stored."""
@@ -275,11 +275,17 @@ def main() -> int:
 
     items = [ITEMS[name] for name in arguments.items]
     outcomes: Outcomes = {}
+    failed: list[str] = []
     folder = Path(tempfile.mkdtemp(prefix="memtrack-bench-", dir=corpus))
     bench = Bench(corpus, folder)
     try:
         for name, item in wanted(arguments.contestants, items):
-            found = outcomes[name, item.name] = bench.run(name, item)
+            try:
+                found = outcomes[name, item.name] = bench.run(name, item)
+            except Failed as exc:
+                failed.append(f"{TITLES[name]}, {item.title}")
+                progress(f"{failed[-1]} FAILED:\n{exc}")
+                continue
             progress(f"{TITLES[name]}, {item.title}: {found.ratio:.3f}, {found.storing.cpu_s:.1f} CPU s")
     finally:
         bench.close()
@@ -299,7 +305,9 @@ def main() -> int:
     differing = [f"{TITLES[name]}: {file}" for (name, _), found in outcomes.items() for file in found.differing]
     for line in differing:
         print(f"DIFFERS after it was restored: {line}")
-    return 1 if differing else 0
+    for line in failed:
+        print(f"FAILED: {line}")
+    return 1 if differing or failed else 0
 
 
 if __name__ == "__main__":

@@ -16,6 +16,10 @@ POLL_S = 0.02
 """How often the peaks of other processes are read: they keep them, but end before they can be asked for the last."""
 
 
+class Failed(Exception):
+    """A contestant has ended too soon; the text is what it left."""
+
+
 class Work(NamedTuple):
     """What storing or restoring took."""
 
@@ -30,7 +34,7 @@ class Work(NamedTuple):
 
 
 def work(command: list[str], environ: dict[str, str], folder: Path, receipt: str = "") -> Work:
-    """Start a contestant in a folder, let it work, and measure. Ends the benchmark if it fails."""
+    """Start a contestant in a folder, let it work, and measure. Raises Failed."""
     log = folder / "log"
     with (
         open(log, "wb") as errors,
@@ -63,7 +67,7 @@ def work(command: list[str], environ: dict[str, str], folder: Path, receipt: str
             process.stdin.flush()
         except (OSError, ValueError):
             process.kill()
-            raise SystemExit(f"{' '.join(command[1:6])} …\n{log.read_text()}") from None
+            raise Failed(log.read_text(encoding="utf-8", errors="replace")) from None
     packer_mib = max(packers.values()) - packer_imports_mib() if packers else None
     return Work(cpu_s, extra_mib, packer_mib, said)
 
