@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 from tests.benchmarks.clients import CLIENTS
 from tests.benchmarks.corpus import ITEMS
 
-CHUNK = 1 << 20
+READS_WITH = {"mlflow": ("mlflow",), "wandb": ("wandb.proto.wandb_internal_pb2",)}
+"""What of a tracker is imported to restore from it."""
 
 
 class Task(NamedTuple):
@@ -53,7 +54,7 @@ class Memtrack:
         self._client: Any = None
         self._root = str(task.folder)
         if verb == "restore":
-            for needed in ("zstandard", *(["mlflow"] if tracker == "mlflow" else [])):
+            for needed in ("zstandard", *READS_WITH.get(tracker, ())):
                 import_module(needed)
         elif tracker:
             self._client = CLIENTS[tracker]("plain", task.address)
