@@ -109,7 +109,7 @@ class CometStore(CometReader):
             raise DeliveryError(f"Comet does not take {name}: {first_line(exc)}") from exc
         if is_offline:
             _await_written(messages, offset, asset_id, size)
-        elif self._log is _log_without_step:
+        elif self._log is _log_without_step and self._target:
             upload.wait(name)
         elif not experiment.flush():
             raise DeliveryError(f"Comet has not uploaded {name} in time")

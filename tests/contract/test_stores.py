@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
 
 import pytest
 
 from memtrack.artifacts.contract import StoreContract
 from memtrack.artifacts.store import FolderStore
 from memtrack.errors import ArtifactFormatError, ArtifactNotFoundError, DeliveryError
+from tests.integrations.mlflow_lab import environment
 
 NAME = "memtrack/packs/0123456789abcdef01234567.mtz"
 
@@ -79,6 +82,24 @@ def test_linked_files_share_their_room(tmp_path):
     put(store, tmp_path, b"other")
     assert place.read_bytes() == b"other"
     assert not [name for name in os.listdir(place.parent) if name.endswith(".part")]
+
+
+LOOKING = """
+import sys
+import memtrack_comet, memtrack_mlflow, memtrack_wandb
+from memtrack import registry
+assert registry.load_active_stores() == registry.load_active_stores("mlflow") == []
+assert [one.active_store() for one in (memtrack_comet, memtrack_mlflow, memtrack_wandb)] == [None, None, None]
+print([name for name in ("comet_ml", "mlflow", "numpy", "wandb") if name in sys.modules])
+"""
+
+
+def test_looking_for_a_run_imports_no_tracker():
+    """A process that has imported no tracker has no active run in one, and imports none to find out."""
+    done = subprocess.run(
+        [sys.executable, "-c", LOOKING], capture_output=True, text=True, env=environment(), timeout=60, check=False
+    )
+    assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
 def test_a_full_disk_leaves_no_half_file(tmp_path):

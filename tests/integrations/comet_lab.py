@@ -205,6 +205,8 @@ class Backend:
     def __init__(self) -> None:
         self.requests: list[tuple[str, Any]] = []
         """Path and body of each."""
+        self.upload_status = 200
+        """What it answers to an upload."""
         backend = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -225,7 +227,7 @@ class Backend:
                 backend.requests.append((url.path, content))
                 text = json.dumps(ANSWER).encode()
                 try:
-                    self.send_response(200)
+                    self.send_response(backend.upload_status if url.path.endswith("/upload") else 200)
                     self.send_header("Content-Type", "application/json")
                     self.send_header("Content-Length", str(len(text)))
                     self.end_headers()

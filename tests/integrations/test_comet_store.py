@@ -187,8 +187,8 @@ def test_online_it_waits_for_the_upload(comet, backend, tmp_path, monkeypatch):
     (asked,) = [what for where, what in backend.requests if where.endswith("/upload")]
     assert asked["fileName"] == [NAME]
     assert asked["overwrite"] == ["True"]
-    backend.close()
+    backend.upload_status = 400
     with pytest.raises(DeliveryError, match="has not uploaded") as caught:
         put(store, tmp_path)
     assert API_KEY not in str(caught.value)
-    experiment.clean()
+    experiment.end()

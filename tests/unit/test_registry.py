@@ -21,7 +21,9 @@ def test_our_sinks():
 
 
 @pytest.mark.parametrize(("module", "attribute"), [
-    target.partition(":")[::2] for target, _ in [*registry.SINKS.values(), *registry.AUTOLOG.values()]
+    target.partition(":")[::2]
+    for *targets, _ in [*registry.SINKS.values(), *registry.AUTOLOG.values(), *registry.STORES.values()]
+    for target in targets
 ])  # fmt: skip
 def test_every_target_exists(module, attribute):
     """The strings of the registry name modules that are there; their extra is one that the distribution has."""
@@ -33,7 +35,7 @@ def test_every_extra_exists():
     """What a MissingDependencyError says to install can be installed."""
     text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     extras = text.partition("[project.optional-dependencies]\n")[2].partition("\n\n")[0]
-    for _, extra in [*registry.SINKS.values(), *registry.AUTOLOG.values()]:
+    for *_, extra in [*registry.SINKS.values(), *registry.AUTOLOG.values(), *registry.STORES.values()]:
         assert not extra or f"\n{extra} = [" in f"\n{extras}"
 
 
@@ -47,6 +49,14 @@ def test_unknown_tracker():
     """As is an unknown tracker."""
     with pytest.raises(SettingsError, match=r"trackers='nope': no such tracker\. There are: comet, mlflow, wandb\."):
         registry.load_autolog("nope")
+
+
+def test_unknown_store():
+    """And where artifacts would be stored, or read from."""
+    with pytest.raises(SettingsError, match=r"to='nope': no such tracker\. There are: comet, mlflow, wandb\."):
+        registry.load_active_stores("nope")
+    with pytest.raises(SettingsError, match=r"source='nope': no such tracker\."):
+        registry.load_store("nope")
 
 
 def test_sink_of_another_distribution(monkeypatch):
