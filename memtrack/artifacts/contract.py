@@ -132,7 +132,6 @@ class StoreContract:
         assert key == self.make_store().key
         assert key.partition(":")[1:] != ("", "")
         assert key.isprintable()
-        assert "/" not in key
 
     def test_unreachable_tracker(self, tmp_path: Path) -> None:
         """A tracker that cannot be reached is a DeliveryError that says so, within seconds, not a refusal for good."""
