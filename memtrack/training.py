@@ -5,6 +5,7 @@ It is public for those who write a callback for another framework.
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -93,12 +94,25 @@ class Training:
     the making of it raises.
     """
 
-    def __init__(self, *, automatic: bool = False, **settings: Any) -> None:
+    def __init__(
+        self,
+        *,
+        automatic: bool = False,
+        checkpoints: bool | str | os.PathLike[str] = False,
+        **settings: Any,
+    ) -> None:
         """``settings`` are those of :func:`memtrack.autolog`, for a process in which nothing is monitoring yet.
 
         ``automatic``: of a callback that autolog has put there; it begins nothing if autolog was taken back meanwhile.
-        Raises SettingsError.
+        ``checkpoints``: whether what the framework saves is stored with the run, see :func:`memtrack.log_checkpoint`;
+        other than True it is where to. Raises SettingsError, or MissingDependencyError if that needs what is missing.
         """
+        if checkpoints:
+            from memtrack.artifacts.log import check_installed
+
+            check_installed()
+        self._checkpoints = checkpoints
+        self._stored_step: int | None = None
         config.resolve({name: value for name, value in settings.items() if name not in ("trackers", "frameworks")})
         self._asked = None if automatic else settings
         self._phases: list[str] = []
@@ -141,6 +155,21 @@ class Training:
             while self._phases.pop() != phase:
                 pass
             self._reopen()
+
+    def saved(self, path: Any, step: int) -> None:
+        """The framework has saved a checkpoint of this step; it is stored with the run if that was asked for.
+
+        What is saved of the same step under another name, as the last or the best one, is the same state.
+        """
+        if not self._checkpoints or step == self._stored_step:
+            return
+        try:
+            from memtrack.artifacts.log import log_checkpoint
+
+            log_checkpoint(os.fspath(path), step=step, to=None if self._checkpoints is True else self._checkpoints)
+            self._stored_step = step
+        except Exception as exc:
+            warn_once("checkpoint", f"memtrack does not store this checkpoint ({type(exc).__name__}: {exc}).")
 
     def row(self, of: str = "step") -> dict[str, float]:
         """Figures for the user's own row of metrics, since the last call; empty while nothing is monitoring.

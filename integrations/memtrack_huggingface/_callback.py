@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,8 @@ class MemoryCallback(TrainerCallback):
     def __init__(self, **settings: Any) -> None:
         """``settings`` are those of :func:`memtrack.autolog`, for a process that nothing monitors yet.
 
-        Raises SettingsError.
+        With ``checkpoints=True``, or where to, the Trainer's checkpoints are stored with the run, see
+        :func:`memtrack.log_checkpoint`. Raises SettingsError.
         """
         self.training = Training(**settings)
         _methods.follow("by hand", _training_of)
@@ -49,6 +51,11 @@ class MemoryCallback(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Once for all batches whose gradients are accumulated. The step is counted, and logged, when it is over."""
         self.training.step(state.global_step + 1)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A checkpoint is complete, in a folder that the Trainer names by the step."""
+        if state.is_world_process_zero:
+            self.training.saved(os.path.join(args.output_dir, f"checkpoint-{state.global_step}"), state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Not the rows of evaluations and of the end, which stand at a step that has a row with its loss."""

@@ -72,6 +72,8 @@ class MemoryCallback(Phases):
 
     Args:
         automatic: Of a callback that autolog has put there.
+        checkpoints: Store what ``model.save`` and ``save_weights`` write during ``fit``, ModelCheckpoint's among it,
+            with the run, see ``memtrack.log_checkpoint``: True, or where to.
         settings: Those of ``memtrack.autolog``, for a process in which nothing is monitoring yet.
 
     Raises:
@@ -196,9 +198,11 @@ class MemoryCallback(Phases):
         def ours(*args: Any, **kwargs: Any) -> Any:
             training.enter("checkpoint")
             try:
-                return save(*args, **kwargs)
+                found = save(*args, **kwargs)
             finally:
                 training.leave("checkpoint")
+            training.saved(args[0] if args else kwargs.get("filepath"), self._done // self._every)
+            return found
 
         return ours
 

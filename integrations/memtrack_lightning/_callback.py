@@ -47,6 +47,7 @@ class MemoryCallback(_Base):  # type: ignore[misc]
 
     Args:
         automatic: Of a callback that autolog has put there.
+        checkpoints: Store what Lightning saves with the run, see ``memtrack.log_checkpoint``: True, or where to.
         settings: Those of ``memtrack.autolog``, for a process in which nothing is monitoring yet.
 
     Raises:
@@ -65,6 +66,7 @@ class MemoryCallback(_Base):  # type: ignore[misc]
         self._training = Training(automatic=automatic, **settings)
         self._step = self._training.step
         self._on = False
+        self._saving_step: int | None = None
         self._loop: Any = None
         self._every = 0
         self._logged: list[Any] = []
@@ -216,10 +218,19 @@ class MemoryCallback(_Base):  # type: ignore[misc]
 
     def _save(self, save: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._enter("checkpoint")
+        self._saving_step = None
         try:
-            return save(*args, **kwargs)
+            found = save(*args, **kwargs)
         finally:
             self._leave("checkpoint")
+        if self._saving_step is not None:
+            self._training.saved(args[0] if args else kwargs.get("filepath"), self._saving_step)
+        return found
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """The checkpoint is about to be written, by the first rank."""
+        if trainer.is_global_zero:
+            self._saving_step = int(checkpoint.get("global_step", trainer.global_step))
 
 
 def _in_use() -> str:

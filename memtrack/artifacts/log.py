@@ -114,6 +114,13 @@ def log_checkpoint(
     return _log(path, full, name, step, to, compress, base, state=state)
 
 
+def check_installed() -> None:
+    """Raise MissingDependencyError if the process that packs could not work."""
+    for module in NEEDS:
+        if find_spec(module) is None:
+            raise MissingDependencyError("storing artifacts", "artifacts")
+
+
 def _log(
     path: str | None,
     name: str,
@@ -133,9 +140,7 @@ def _log(
         done = Upload(name, "nowhere")
         done.settle("memtrack is disabled")
         return done
-    for module in NEEDS:
-        if find_spec(module) is None:
-            raise MissingDependencyError("storing artifacts", "artifacts")
+    check_installed()
     if path is not None:
         path = os.path.abspath(path)
         _check(path)

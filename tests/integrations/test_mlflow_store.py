@@ -113,7 +113,7 @@ def test_outages_come_back_at_once(serving, tmp_path):
     serving.stop()
     since = time.monotonic()
     # the connection that was open is broken off, or there is none to be had any more
-    with pytest.raises(DeliveryError, match="Connection (refused|reset by peer)"):
+    with pytest.raises(DeliveryError, match=r"Connection (refused|reset by peer)"):
         store.put(str(tmp_path / "x.mtz"), "memtrack/packs/x.mtz", "")
     with pytest.raises(DeliveryError, match="Connection refused"):
         store.get("memtrack/packs/x.mtz", str(tmp_path / "back"))
