@@ -14,6 +14,7 @@ pytest.importorskip("pandas")
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 PRINTS = {
+    "checkpoints": ["model/step-00000019: stored, ", "model/step-00000099: stored, ", "is the same; from the shell"],
     "demo": ["memtrack: peak", "evaluate", "picture  .memtrack/demo/timeline.png", "mlflow ui --backend-store-uri"],
     "mlflow_autolog": ["50 MiB: peak", "100 MiB: peak"],
     "read_recording": ["windows, peak", "memory/process/rss_mib"],
@@ -26,6 +27,7 @@ PRINTS = {
 }
 ARGUMENTS = {"demo": ["--seconds", "5"]}
 NEEDS = {
+    "checkpoints": ["torch", "sklearn", "zstandard"],
     "train_accelerate": ["accelerate", "torch", "sklearn"],
     "train_huggingface": ["transformers", "accelerate", "sklearn"],
     "train_keras": ["keras", "torch", "sklearn"],
