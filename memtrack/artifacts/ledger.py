@@ -21,6 +21,7 @@ CREATE TABLE IF NOT EXISTS blocks (
     digest BLOB PRIMARY KEY, pack TEXT, number INTEGER, size INTEGER, depth INTEGER, base BLOB
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS blocks_by_pack ON blocks (pack);
+CREATE INDEX IF NOT EXISTS blocks_by_base ON blocks (base) WHERE base IS NOT NULL;
 CREATE TABLE IF NOT EXISTS artifacts (number INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT UNIQUE, family TEXT);
 CREATE TABLE IF NOT EXISTS files (
     name TEXT, is_new INTEGER, path TEXT, original TEXT, PRIMARY KEY (name, is_new, path)
@@ -29,6 +30,13 @@ CREATE TABLE IF NOT EXISTS laid (
     name TEXT, is_new INTEGER, key TEXT, number INTEGER, digest BLOB, path TEXT, offset INTEGER,
     PRIMARY KEY (name, is_new, key, number)
 ) WITHOUT ROWID;
+"""
+_DROP = """
+DELETE FROM blocks WHERE digest IN (
+    WITH RECURSIVE gone (digest) AS (
+        SELECT digest FROM blocks WHERE pack = ? UNION SELECT blocks.digest FROM blocks JOIN gone ON base = gone.digest
+    ) SELECT digest FROM gone
+)
 """
 _CACHE_KIB = 1024
 REMEMBERED = 16
@@ -134,10 +142,13 @@ class Ledger:
         self._db.execute("UPDATE packs SET stored = 1 WHERE id = ?", (pack,))
 
     def drop_pack(self, pack: str) -> None:
-        """The pack is gone; what rests on its blocks is of no use any more either, and found out when it is needed."""
+        """The pack is gone, and what rests on its blocks is of no use any more, though the same may come again.
+
+        A difference is to a block in a certain pack.
+        """
         with self._db:
             self._db.execute("BEGIN")
-            self._db.execute("DELETE FROM blocks WHERE pack = ?", (pack,))
+            self._db.execute(_DROP, (pack,))
             self._db.execute("DELETE FROM packs WHERE id = ?", (pack,))
 
     # -- the checkpoint before ----------------------------------------------------------------------------------------

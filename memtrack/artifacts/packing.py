@@ -26,6 +26,7 @@ BLOCK_BYTES = 1 << 20
 """Of numbers. Larger blocks compress as well (1.2197 with 64 KiB, 1.2204 with 16 MiB) and take more memory."""
 MAX_DEPTH = 8
 """Blocks that rest on each other: the next one is a key frame, so that restoring it does not take ever longer."""
+MAX_LAID = 2048
 SMALL_BYTES = 512
 """Of a block that is not worth being cut into planes."""
 PROGRESS_S = 0.2
@@ -134,6 +135,7 @@ class Packer:
         try:
             files = [self._file(source) for source in sources]
             self._finish_pack()
+            self._lay()
         except BaseException:
             if self._pack is not None:
                 self._pack.discard()
@@ -173,12 +175,13 @@ class Packer:
 
     def _read(self, source: Source, file: BinaryIO, size: int) -> dict[str, Any]:
         layout = layout_of(file, size)
-        digests, places, read = hashlib.sha256(), [], 0
+        digests, read = hashlib.sha256(), 0
+        ranges: list[list[int]] = []
         for key, number, dtype, offset, block in _blocks(file, layout):
             digest = hashlib.sha256(block).digest()
             digests.update(digest)
-            places.append(self._place(block, digest, dtype, (key, number)))
-            self._laid.append((key, number, digest, source.path, offset))
+            _add_to(ranges, self._place(block, digest, dtype, (key, number)))
+            self._lay((key, number, digest, source.path, offset))
             read += len(block)
             self._done += len(block)
             self._tell_progress()
@@ -188,7 +191,7 @@ class Packer:
             "mode": source.mode,
             "layout": layout.kind,
             "digest": digests.hexdigest(),
-            "blocks": _ranges(places),
+            "blocks": ranges,
         }
 
     def _place(self, block: bytes, digest: bytes, dtype: str, where: tuple[str, int]) -> _Place:
@@ -283,8 +286,13 @@ class Packer:
             self._pack = None
             self._fresh.clear()
             self._need([written.id])
-        self._ledger.lay(self._name, self._laid)
-        self._laid.clear()
+
+    def _lay(self, *rows: tuple[str, int, bytes, str, int]) -> None:
+        """Note where blocks are; without one, what is not noted yet."""
+        self._laid += rows
+        if not rows or len(self._laid) >= MAX_LAID:
+            self._ledger.lay(self._name, self._laid)
+            self._laid.clear()
 
     def path_of(self, pack: str) -> str:
         """Where a pack is before it is stored, and where it stays if the store reads it there."""
@@ -341,14 +349,11 @@ def _parts(file: BinaryIO, length: int) -> Iterator[bytes]:
         length -= len(block)
 
 
-def _ranges(places: list[_Place]) -> list[list[int]]:
-    """Places that follow each other, as pack, first block, how many, and their bytes."""
-    found: list[list[int]] = []
-    for place in places:
-        last = found[-1] if found else None
-        if last is not None and last[0] == place.pack and last[1] + last[2] == place.number:
-            last[2] += 1
-            last[3] += place.size
-        else:
-            found.append([place.pack, place.number, 1, place.size])
-    return found
+def _add_to(ranges: list[list[int]], place: _Place) -> None:
+    """Add a block to ranges of blocks that follow each other: pack, first block, how many, and their bytes."""
+    last = ranges[-1] if ranges else None
+    if last is not None and last[0] == place.pack and last[1] + last[2] == place.number:
+        last[2] += 1
+        last[3] += place.size
+    else:
+        ranges.append([place.pack, place.number, 1, place.size])

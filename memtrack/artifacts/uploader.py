@@ -57,6 +57,10 @@ class _Given(Exception):
     """It is not tried again: the program ends."""
 
 
+class _Gone(Exception):
+    """The store has not all that it was thought to have."""
+
+
 class _Wrong(Exception):
     """Trying again would not help, or, with ``again``, not at once."""
 
@@ -170,6 +174,8 @@ class Uploader:
                 self._attempt(task)
                 task.upload.settle()
                 return
+            except _Gone:
+                continue
             except _Wrong as exc:
                 task.upload.error = str(exc)
                 if not exc.again:
@@ -240,6 +246,10 @@ class Uploader:
 
     def _commit(self, task: Task, said: dict[str, Any]) -> None:
         packs = {f"{PACKS}{pack}.mtz": Pack(*row) for pack, row in said["packs"].items()}
+        if packs.keys() - self._patiently(task, task.store.names).keys():
+            # somebody has deleted what was there when this process began: it is packed again, unlike the rest
+            self._stocked.discard(task.store.key)
+            raise _Gone
         name = f"{ROOT}/{task.job.name}.mtz"
         self._patiently(task, lambda: task.store.commit(said["manifest"], name, said["md5"], packs))
         for path in said["changed"]:
@@ -256,6 +266,8 @@ class Uploader:
                 return found
             except DeliveryError as exc:
                 task.upload.error = str(exc)
+                if isinstance(exc, RejectedError) and exc.run_gone:
+                    raise _Wrong(str(exc), again=False) from exc
                 warn(task.upload, "is tried again")
                 if isinstance(exc, RejectedError):
                     pause_s = LONGEST_PAUSE_S

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import random
 import shutil
+import time
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
+pytest.importorskip("torch")
+pytest.importorskip("zstandard")
+import numpy as np
+
 import memtrack
+from memtrack import registry
+from memtrack.artifacts.reading import Artifact
+from tests.artifact_lab import trained, weights
 from tests.integrations.comet_lab import comet_scripts
 from tests.integrations.mlflow_lab import Server
 from tests.integrations.wandb_lab import folders, read_run
-
-pytest.importorskip("torch")
-pytest.importorskip("zstandard")
 
 TRAINING = """
 import memtrack, torch, hashlib
@@ -117,3 +123,80 @@ experiment.end()
             + REPORT
         )
     check_restored(training.result, tmp_path / "back")
+
+
+KILLED = """
+import memtrack, mlflow, numpy as np, sys
+with mlflow.start_run(run_id=RUN):
+    upload = memtrack.log_checkpoint("m.npy", step=STEP, name="model")
+    print("BEGUN now")
+    assert upload.wait(60), upload
+"""
+
+
+def kills_in_mlflow(serving, train, folder, monkeypatch, kills):
+    """Kill programs that pack and upload; each time another call for the same file finishes it."""
+    randomness, model = random.Random(kills[0]), weights(9 << 20)
+    run = serving.client().create_run(serving.experiment_id).info.run_id
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", serving.uri)
+    for step, count in enumerate(kills):
+        np.save(folder / "m.npy", model)
+        source = KILLED.replace("RUN", repr(run)).replace("STEP", str(step))
+        for _ in range(count):
+            script = train(source, serving, wait=False)
+            script.wait_for("BEGUN")
+            time.sleep(randomness.uniform(0, 1.5))
+            script.process.kill()
+            script.finish(check=False)
+        train(source, serving)
+        back = memtrack.restore(f"mlflow:{run}/model", folder / "back")
+        assert Path(back).read_bytes() == (folder / "m.npy").read_bytes()
+        model = trained(model, step)
+    store, _ = registry.load_store("mlflow")(f"{run}/model")
+    names, needed = store.names(), set()
+    for name in names:
+        if name.endswith(".mtz") and not name.startswith("memtrack/packs/"):
+            store.get(name, str(folder / "manifest"))
+            with open(folder / "manifest", "rb") as manifest:
+                needed |= {f"memtrack/packs/{pack}.mtz" for pack, _ in Artifact(manifest, open).packs}
+    assert {name for name in names if name.startswith("memtrack/packs/")} == needed
+    assert len([name for name in names if name.startswith("memtrack/model/")]) == len(kills)
+
+
+def test_a_second_call_finishes_what_was_killed(serving, train, tmp_path, monkeypatch):
+    kills_in_mlflow(serving, train, tmp_path, monkeypatch, [2])
+
+
+@pytest.mark.slow
+def test_fifty_kills(serving, train, tmp_path, monkeypatch):
+    kills_in_mlflow(serving, train, tmp_path, monkeypatch, [10] * 5)
+
+
+def test_a_server_that_is_away_is_told_once_and_gets_the_rest(serving, train, tmp_path, monkeypatch):
+    np.save(tmp_path / "m.npy", weights(12 << 20))
+    script = train(
+        f"""
+import logging, memtrack, mlflow
+logging.basicConfig(format="%(message)s")
+mlflow.start_run(experiment_id="{serving.experiment_id}")
+upload = memtrack.log_checkpoint("m.npy", step=1, name="model")
+print("BEGUN now")
+while not upload.error and not upload.done:
+    time.sleep(0.01)
+print("ERROR", upload.error)
+report(stored=upload.wait(60), error=upload.error, source=upload.source)
+""",
+        serving,
+        wait=False,
+    )
+    script.wait_for("BEGUN")
+    serving.stop()
+    assert "no answer from the tracking server" in script.wait_for("ERROR")
+    serving.start()
+    training = script.finish()
+    assert training.result["stored"]
+    assert training.result["error"] == ""
+    assert training.stderr.count("memtrack cannot store model/step-00000001") == 1
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", serving.uri)
+    back = memtrack.restore(training.result["source"], tmp_path / "back")
+    assert Path(back).read_bytes() == (tmp_path / "m.npy").read_bytes()

@@ -199,6 +199,17 @@ def test_a_checkpoint_in_the_middle_goes_and_those_after_it_stay():
     assert lists == there, "nothing is left that nobody needs"
 
 
+def test_what_somebody_has_deleted_is_stored_again():
+    """Also if this process has been told before that the store has it."""
+    np.save("m.npy", weights(1 << 18))
+    assert memtrack.log_artifact("m.npy", to="store", name="first").wait(60)
+    for pack in Path("store/memtrack/packs").iterdir():
+        pack.unlink()
+    os.unlink("store/memtrack/first.mtz")
+    assert memtrack.log_artifact("m.npy", to="store", name="second").wait(60)
+    assert Path(memtrack.restore("store/second", "back")).read_bytes() == Path("m.npy").read_bytes()
+
+
 # -- what is wrong ----------------------------------------------------------------------------------------------------
 
 

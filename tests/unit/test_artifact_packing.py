@@ -158,6 +158,20 @@ def test_a_pack_that_the_store_has_lost_is_made_again_with_all_that_rest_on_it(s
     assert shelf.content("model/step-3") == {"m.npy": path.read_bytes()}
 
 
+def test_a_block_that_comes_again_does_not_bring_back_what_rested_on_it(shelf, tmp_path):
+    """A difference is to a block in a certain pack: the same block in another pack is of no use to it."""
+    model, first, second = weights(1 << 18), tmp_path / "first.npy", tmp_path / "second.npy"
+    np.save(first, model)
+    np.save(second, trained(model))
+    lost = shelf.pack(first, "model/step-1").packs[0]
+    shelf.pack(second, "model/step-2")
+    shelf.ledger.drop_pack(lost)
+    os.unlink(shelf.folder / f"{lost}.mtz")
+    shelf.pack(tmp_path / "first.npy", "other", family="other", compress="max")
+    shelf.pack(second, "model/step-3")
+    assert shelf.content("model/step-3") == {"second.npy": second.read_bytes()}
+
+
 def test_a_folder_with_empty_and_small_files(shelf, tmp_path):
     folder = tmp_path / "folder"
     (folder / "deep" / "er").mkdir(parents=True)
