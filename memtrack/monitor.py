@@ -204,6 +204,9 @@ class Monitor:
             return
         deadline = time.monotonic() + EXIT_TIMEOUT_S
         try:
+            # all of them first: one that is tried again and again must not take the time of the others
+            for attached in self._attached:
+                attached.detach(0.0)
             for attached in self._attached:
                 attached.detach(max(deadline - AGENT_TIMEOUT_S - time.monotonic(), 0.0))
             if self._own:
@@ -239,7 +242,7 @@ class Monitor:
             return
         self._marks.request_stop()
         self._agent.wake()
-        self._await_state(min(deadline, time.monotonic() + 1.0))
+        self._await(lambda head: head.state in (layout.STOPPED, layout.ENDED), min(deadline, time.monotonic() + 1.0))
 
     def wait_ready(self, timeout_s: float = 5.0) -> bool:
         """Wait until the agent samples; there is no need to, except in tests. Returns whether it does."""
@@ -389,12 +392,8 @@ class Monitor:
         return cut
 
     def _await_cut(self, cut: int, timeout_s: float) -> None:
-        deadline = time.monotonic() + timeout_s
-        while self._reader.head().cut < cut and time.monotonic() < deadline:
-            time.sleep(0.001)
+        self._await(lambda head: head.cut >= cut, time.monotonic() + timeout_s)
 
-    def _await_state(self, deadline: float) -> None:
-        while time.monotonic() < deadline:
-            if self._reader.head().state in (layout.STOPPED, layout.ENDED):
-                return
-            time.sleep(0.002)
+    def _await(self, is_so: Callable[[layout.Head], bool], deadline: float) -> None:
+        while not is_so(self._reader.head()) and time.monotonic() < deadline:
+            time.sleep(0.001)

@@ -13,11 +13,15 @@ import pytest
 
 from memtrack import notices as memtrack_notices
 
-# started in the background by a shell: programs that tests start would ignore what comes from the keyboard as well
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-if signal.getsignal(signal.SIGQUIT) is signal.SIG_IGN:
-    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+# Started in the background by a shell, or by nohup: programs that tests start would ignore what comes from the keyboard,
+# or that the terminal has gone, as well.
+for _number, _handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGQUIT, signal.SIG_DFL),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _handler)
 
 
 class _Collector(logging.Handler):

@@ -293,6 +293,26 @@ def refuse():
     raise RejectedError("no figures, thank you")
 
 
+class Timed(RecordingSink):
+    """Knows when it was finished."""
+
+    def finish(self, figures):
+        super().finish(figures)
+        self.finished = time.monotonic()
+
+
+def test_a_sink_that_fails_takes_no_time_of_the_others(notices):
+    """The end of all is told at once: while one is tried again, nobody waits behind it, who would get nothing then."""
+    failing, good = RecordingSink("failing"), Timed("good")
+    with memtrack.start(sinks=[failing, good], interval=0.05, flush_interval=60.0) as monitor:
+        monitor.wait_ready()
+        time.sleep(0.2)
+        failing.fail(9, retry_after_s=1.2)
+        began = time.monotonic()
+    assert good.finished - began < 1.0
+    assert notices
+
+
 def test_stop_with_a_sink_that_hangs(notices, fault):
     """A tracker that never answers delays the end by two seconds at the most."""
     memtrack.start(sinks=[HangingSink("hangs")], interval=0.05, flush_interval=0.1)
