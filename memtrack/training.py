@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 import sys
+from time import monotonic_ns
 from typing import TYPE_CHECKING
 
 from memtrack import api, autologging, config
 from memtrack.agent import job
 from memtrack.allocators import shared as allocators
 from memtrack.collectors.procfs import PAGE_MIB, open_held
+from memtrack.metrics import MIB
 from memtrack.monitor import active
 from memtrack.notices import warn_once
 from memtrack.sampling.window import NO_STEP
@@ -24,6 +26,16 @@ if TYPE_CHECKING:
 STEP_PEAK = "memory/step/rss_peak_mib"
 """The highest resident memory since the row before: the peak of the steps that a row of the user's log is of. Where
 the framework has a row for each epoch, it is ``memory/epoch/rss_peak_mib``."""
+PEAKS = {"step": STEP_PEAK, "epoch": "memory/epoch/rss_peak_mib"}
+
+UNSEEN_MIB = 4.0
+LEVEL_NS = 100_000_000
+# places in what getrusage gives; names would have to be looked up
+_MAXRSS, _MINFLT, _MAJFLT = 2, 6, 7
+_PAGE_BYTES = PAGE_MIB * MIB
+_FEW_FAULTS = int(UNSEEN_MIB * MIB / (_PAGE_BYTES * _PAGE_BYTES / 8))
+"""How many page faults cannot bring more than ``UNSEEN_MIB``, should each bring a huge page. That is as many pages as
+there is room in one for entries of eight bytes: 2 MiB with pages of 4 KiB."""
 
 
 def step_reached() -> int | None:
@@ -56,34 +68,58 @@ def gather_ranks() -> bool:
 
 
 class _Peak:
-    """The highest RSS of this process, from call to call."""
+    """The highest RSS of this process, from call to call.
+
+    It is asked in the middle of a training, when nothing of this is in the processor's caches: each line, and each
+    system call above all, takes ten times as long as in a loop of its own.
+    """
 
     def __init__(self) -> None:
-        self._statm = open_held("/proc/self/statm", 256)
-        self._high_water: Callable[[], float] = float
+        self._statm = open_held("/proc/self/statm", 64)
+        self._usage: Callable[[int], Any] | None = None
+        self._who, self._per_mib = 0, 1
         if sys.platform != "win32":
             import resource
 
-            usage, who = resource.getrusage, resource.RUSAGE_SELF
-            per_mib = 1 << 20 if sys.platform == "darwin" else 1 << 10  # bytes there, KiB elsewhere: getrusage(2)
-            self._high_water = lambda: usage(who).ru_maxrss / per_mib
-        self._before_mib = self._high_water()
+            self._usage, self._who = resource.getrusage, resource.RUSAGE_SELF
+            self._per_mib = 1 << 20 if sys.platform == "darwin" else 1 << 10  # bytes there, KiB elsewhere: getrusage(2)
+        self._high_water = 0
+        self._faults = 0
+        self._level_mib = 0.0
+        self._level_ns = 0
+        """What the process stood at, when that was read, and how many page faults it had had by then."""
+        self.take_mib(0.0, 0)
 
-    def take_mib(self, sampled_mib: float) -> float:
+    def take_mib(self, sampled_mib: float, now_ns: int) -> float:
         """The highest since the last call. ``sampled_mib`` is what the agent saw, NaN if it did not look.
 
         The kernel's mark of the highest ever tells of each new peak exactly, though it may have lasted no time; of one
-        that is lower than an earlier one the agent tells, if it lasted from one sample to the next.
+        that is lower than an earlier one the agent tells, if it lasted from one sample to the next. What the process
+        stands at counts, too. It is read only if it may be higher by more than ``UNSEEN_MIB`` than it was: no memory
+        comes without a page fault.
         """
-        peak_mib = sampled_mib if sampled_mib == sampled_mib else 0.0
-        if self._statm is not None:
-            peak_mib = max(peak_mib, int(self._statm.read().split(None, 2)[1]) * PAGE_MIB)
-        high_water_mib = self._high_water()
-        # what execve has replaced counts in the mark as well, so its height alone says nothing
-        if high_water_mib > self._before_mib:
-            self._before_mib = high_water_mib
-            peak_mib = max(peak_mib, high_water_mib)
-        return peak_mib
+        has_looked = sampled_mib == sampled_mib
+        peak_mib = sampled_mib if has_looked else 0.0
+        faults = 0
+        if self._usage is not None:
+            usage = self._usage(self._who)
+            faults, high_water = usage[_MINFLT] + usage[_MAJFLT], int(usage[_MAXRSS])
+            # what execve has replaced counts in the mark as well, so its height alone says nothing
+            if high_water > self._high_water:
+                self._high_water = high_water
+                self._level_ns = self._faults = 0
+                return max(peak_mib, high_water / self._per_mib)
+        if faults - self._faults <= _FEW_FAULTS:
+            if has_looked:
+                return sampled_mib
+            # it may have fallen, which the agent would have seen by then
+            if now_ns - self._level_ns < LEVEL_NS:
+                return self._level_mib
+        if self._statm is None:
+            return peak_mib or self._high_water / self._per_mib
+        self._level_mib = level_mib = int(self._statm.read().split(None, 2)[1]) * PAGE_MIB
+        self._level_ns, self._faults = now_ns, faults
+        return level_mib if level_mib > peak_mib else peak_mib
 
 
 class Training:
@@ -183,8 +219,10 @@ class Training:
         if marks is None or peak is None:
             return {}
         try:
-            figures = {f"memory/{of}/rss_peak_mib": peak.take_mib(marks.take_peak_mib())}
-            figures.update(self.allocations())
+            now_ns = monotonic_ns()
+            figures = {PEAKS[of]: peak.take_mib(marks.take_peak_mib(), now_ns)}
+            if now_ns >= allocators.idle_until_ns:
+                figures.update(allocators.publish(marks))
             return figures
         except Exception as exc:
             warn_once("row", f"memtrack has no figures for this step ({type(exc).__name__}: {exc}).")

@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 _Base: Any = object
 """Any, to those who check types: an instance derives from the ``Callback`` of the package that is in use."""
 
-HOOK = "on_train_batch_end"
-"""Where the figures are logged. Lightning files them under that name."""
-
 
 def _phase(name: str) -> tuple[Callable[..., None], Callable[..., None]]:
     """The hooks at the start and at the end of a phase."""
@@ -68,11 +65,11 @@ class MemoryCallback(_Base):  # type: ignore[misc]
         self._on = False
         self._saving_step: int | None = None
         self._loop: Any = None
-        self._every = 0
-        self._logged: list[Any] = []
+        self._is_row_of_step = False
+        """Whether the next row that Lightning logs is of the training step that is over."""
         self._tensor: Any = None
         self._fed: list[Fed] = []
-        self._restore: Callable[[], None] = _nothing
+        self._restores: list[Callable[[], None]] = []
 
     def __reduce__(self) -> Any:
         # into another process goes what it was made from: strategies that spawn pickle all callbacks
@@ -89,7 +86,7 @@ class MemoryCallback(_Base):  # type: ignore[misc]
         if self._on:
             try:
                 self._fed = feed_runs(trainer)
-                self._watch_saving(trainer)
+                self._replace(trainer, "save_checkpoint", self._save)
             except Exception as exc:
                 warn_once("lightning setup", f"memtrack sees less of this ({type(exc).__name__}: {exc}).")
 
@@ -103,9 +100,9 @@ class MemoryCallback(_Base):  # type: ignore[misc]
 
     def _over(self, status: str) -> None:
         if self._on:
-            self._on, self._loop, self._every = False, None, 0
-            self._restore()
-            self._restore = _nothing
+            self._on, self._loop = False, None
+            while self._restores:
+                self._restores.pop()()
             self._training.end()
             while self._fed:
                 self._fed.pop().end(status)
@@ -127,11 +124,16 @@ class MemoryCallback(_Base):  # type: ignore[misc]
         # `global_step` counts steps of optimizers: another number as soon as there are two of them, or a batch is
         # skipped. Counting batches would mean to know about gradient accumulation, restarts and what strategies do.
         loop._batches_that_stepped  # noqa: B018 - raises here, once, rather than at each step
-        loop._should_accumulate()
         self._loop = loop
-        self._every = trainer.log_every_n_steps if trainer.loggers and trainer.is_global_zero else 0
         self._training.row()  # what setting up and the sanity check took is no step's
-        self._tensor = partial(import_module("torch").tensor, device="cpu", dtype=import_module("torch").float32)
+        if trainer.loggers and trainer.is_global_zero:
+            torch = import_module("torch")
+            # tensors, as all that Lightning logs; of the CPU, whatever the default device is. `torch.tensor` takes
+            # twice as long
+            self._tensor = partial(torch.scalar_tensor, device=torch.device("cpu"), dtype=torch.float32)
+            # `log` of the module would do as well, for ten times the price: Lightning looks up who may log what from
+            # which hook, and looks at each value again in each step to come
+            self._replace(trainer._logger_connector, "log_metrics", self._log_row)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """An epoch begins."""
@@ -143,38 +145,35 @@ class MemoryCallback(_Base):  # type: ignore[misc]
         loop = self._loop
         if loop is not None:
             self._step(loop._batches_that_stepped)
-            if self._logged:
-                self._forget_row()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """If Lightning is about to log a row of this step, the figures go into it."""
-        every = self._every
-        if every and ((self._loop._batches_that_stepped + 1) % every == 0 or trainer.should_stop):
-            try:
-                if not self._loop._should_accumulate():
-                    self._log_row(trainer, pl_module)
-            except Exception as exc:
-                self._every = 0
-                warn_once("lightning row", f"memtrack adds nothing to the rows ({type(exc).__name__}: {exc}).")
+        """If Lightning has a row for this step, that is the next that it logs."""
+        self._is_row_of_step = True
 
-    def _log_row(self, trainer: Any, pl_module: Any) -> None:
-        tensor = self._tensor
-        # tensors of the CPU: Lightning would send numbers to the accelerator and wait for it to get them back
-        row = {name: tensor(value) for name, value in self._training.row().items()}
-        pl_module.log_dict(row, on_step=True, on_epoch=False, batch_size=1, rank_zero_only=True)
-        results = getattr(trainer, "_results", None) or {}
-        self._logged = [results[key] for key in (f"{HOOK}.{name}" for name in row) if key in results]
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """What is logged now is of the epoch."""
+        self._is_row_of_step = False
 
-    def _forget_row(self) -> None:
-        # else Lightning would look at each figure in each step to come, which takes more than a microsecond, and log
-        # it again should the training stop in between
-        for result in self._logged:
-            result.has_reset = True
-        self._logged = []
+    def _log_row(self, log: Callable[..., Any], metrics: Any, *args: Any, **kwargs: Any) -> Any:
+        """The row, with the peak since the last one if it is of a training step."""
+        if self._is_row_of_step and not args and not kwargs:  # others tell a step of their own
+            self._is_row_of_step = False
+            metrics = self._with_figures(metrics)
+        return log(metrics, *args, **kwargs)
+
+    def _with_figures(self, metrics: Any) -> Any:
+        try:
+            tensor, row = self._tensor, dict(metrics)
+            for name, value in self._training.row().items():
+                row[name] = tensor(value)
+            return row
+        except Exception as exc:
+            warn_once("lightning row", f"memtrack adds nothing to this row ({type(exc).__name__}: {exc}).")
+            return metrics
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """The last epoch is over."""
-        self._loop, self._every, self._logged = None, 0, []
+        self._loop, self._is_row_of_step = None, False
         self._leave("train")
 
     # -- the other phases ---------------------------------------------------------------------------------------------
@@ -185,6 +184,7 @@ class MemoryCallback(_Base):  # type: ignore[misc]
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Validation, in a training or alone; it is also told of in the sanity check."""
+        self._is_row_of_step = False
         if not trainer.sanity_checking:
             self._enter("validation")
 
@@ -200,23 +200,25 @@ class MemoryCallback(_Base):  # type: ignore[misc]
         if self._on:
             self._training.leave(phase)
 
-    def _watch_saving(self, trainer: Any) -> None:
+    def _replace(self, owner: Any, name: str, ours: Callable[..., Any]) -> None:
+        """Let calls of a method of this one object come to ``ours``, which gets the method as its first argument."""
+        own = vars(owner)
+        before, put = own.get(name), partial(ours, getattr(owner, name))
+
+        def restore() -> None:
+            if own.get(name) is put:
+                del own[name]
+                if before is not None:
+                    own[name] = before
+
+        own[name] = put
+        self._restores.append(restore)
+
+    def _save(self, save: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Let the saving of checkpoints be a phase, whoever asks for it.
 
         Of hooks there is one in the middle of it, before anything is written, and none at its end.
         """
-        own = vars(trainer)
-        before, ours = own.get("save_checkpoint"), partial(self._save, trainer.save_checkpoint)
-
-        def restore() -> None:
-            if own.get("save_checkpoint") is ours:
-                del own["save_checkpoint"]
-                if before is not None:
-                    own["save_checkpoint"] = before
-
-        own["save_checkpoint"], self._restore = ours, restore
-
-    def _save(self, save: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._enter("checkpoint")
         self._saving_step = None
         try:
@@ -239,7 +241,3 @@ def _in_use() -> str:
     if is_new and is_old:
         return "_both"
     return "_lightning" if is_new or (not is_old and find_spec("lightning") is not None) else "_pytorch_lightning"
-
-
-def _nothing() -> None:
-    """Nothing has been changed."""

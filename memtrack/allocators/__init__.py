@@ -49,8 +49,8 @@ class Allocators:
         self._ooms: dict[str, float] = {}
         self._news: list[tuple[str, float]] = []
         self._due_ns = 0
-        self._idle_until_ns = 0
-        """Where no allocator is in use, that is looked for once a second, not in each row of the user's."""
+        self.idle_until_ns = 0
+        """Where no allocator is in use, that is looked for once a second, not in each row of the user's; monotonic."""
 
     def read(self) -> dict[str, float]:
         """Value by name of metric, as ``memory/torch_cuda0/allocated_mib``; nothing of a framework that is not in use.
@@ -81,11 +81,11 @@ class Allocators:
         Events are that a device's memory ran out, also if the program has caught that, and that a peak was reset.
         """
         now_ns = monotonic_ns()
-        if now_ns < self._idle_until_ns:
+        if now_ns < self.idle_until_ns:
             return {}
         figures = self.read()
         if not figures:
-            self._idle_until_ns = now_ns + PERIOD_NS
+            self.idle_until_ns = now_ns + PERIOD_NS
         else:
             if self._news or now_ns >= self._due_ns:
                 self._due_ns = now_ns + PERIOD_NS

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 _pack_mark = Struct(f"{MARK_BODY.format}{MARK_PATH.size}s").pack
 _pack_gauge = GAUGE_BODY.pack
-_unpack_pulse = layout.PULSE_BODY.unpack_from
 
 # looking these up as attributes of a module takes as long as the rest of a mark
 _BEGIN, _END = layout.PHASE_BEGIN, layout.PHASE_END
@@ -34,6 +33,9 @@ _EXITING_WORD = layout.CONTROL // 8 + layout.EXITING
 _QUIET_WORD = layout.QUIET // 8
 _PEAK_WORD = layout.CONTROL // 8 + layout.PEAK
 _PULSE_WORD = layout.PULSE // 8
+_NEXT_PULSE_WORD = _PULSE_WORD + layout.LINE // 8
+_PULSE_PEAK = 1 + 4
+"""Which word of a pulse has the number of the request; the peak is the one after it. See ``layout.PULSE_BODY``."""
 _RANK_WORD = layout.CONTROL // 8 + layout.RANK
 _STOP_WORD = layout.CONTROL // 8 + layout.STOP
 _WRITTEN_WORD = layout.CONTROL // 8 + layout.MARKS_WRITTEN
@@ -78,6 +80,7 @@ class MarkWriter:
             os.close(fd)
         self._bytes = self._map.view
         self._words = self._bytes.cast("Q")
+        self._doubles = self._bytes.cast("d")
         self._lock = threading.RLock()  # re-entrant: a signal handler may mark while the main thread is marking
         self._now = self._bytes[layout.NOW : layout.NOW + layout.NOW_BODY.size].cast("q")
         self._marks = 0
@@ -208,17 +211,18 @@ class MarkWriter:
 
         What it sees from now on, or was not asked for yet, is for the next call. A microsecond.
         """
-        words, at = self._words, self._pulse_at()
-        turn = words[at // 8 - 1]
-        *_, peak, peak_mib = _unpack_pulse(self._bytes, at)
-        if turn == 0 or words[at // 8 - 1] != turn or peak != words[_PEAK_WORD]:
+        words = self._words
+        first, second = words[_PULSE_WORD], words[_NEXT_PULSE_WORD]
+        at, turn = (_PULSE_WORD, first) if first > second else (_NEXT_PULSE_WORD, second)
+        peak, peak_mib = words[at + _PULSE_PEAK], self._doubles[at + _PULSE_PEAK + 1]
+        if turn == 0 or words[at] != turn or peak != words[_PEAK_WORD]:
             return _NAN
         words[_PEAK_WORD] = peak + 1
-        return peak_mib  # type: ignore[no-any-return]
+        return peak_mib
 
     def _pulse_at(self) -> int:
         """Where the body of the agent's newest pulse lies."""
-        first, second = self._words[_PULSE_WORD], self._words[_PULSE_WORD + layout.LINE // 8]
+        first, second = self._words[_PULSE_WORD], self._words[_NEXT_PULSE_WORD]
         return layout.PULSE + 8 if first > second else layout.PULSE + layout.LINE + 8
 
     def say_farewell(self, fields: dict[str, str]) -> None:
@@ -230,8 +234,8 @@ class MarkWriter:
     def close(self) -> None:
         """Unmap. Later calls raise ValueError, so whoever hands out the writer takes it back first."""
         with self._lock:
-            self._now.release()
-            self._words.release()
+            for view in (self._now, self._words, self._doubles):
+                view.release()
             self._map.close()
 
     # The rest is called with the lock held.
