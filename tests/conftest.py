@@ -13,8 +13,8 @@ import pytest
 
 from memtrack import notices as memtrack_notices
 
-# Started in the background by a shell, or by nohup: programs that tests start would ignore what comes from the keyboard,
-# or that the terminal has gone, as well.
+# Started in the background by a shell, or by nohup: programs that tests start would not be stopped from the keyboard,
+# or by the end of a terminal, either.
 for _number, _handler in (
     (signal.SIGINT, signal.default_int_handler),
     (signal.SIGQUIT, signal.SIG_DFL),

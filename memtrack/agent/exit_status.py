@@ -1,4 +1,4 @@
-"""The wait status of a process that is not our child.
+"""The end of a process that is not our child: that it is about to come, and the wait status.
 
 While it is a zombie, ``/proc/PID/stat`` has it. Some 0.1 to 1 ms after its parent has collected it, the kernel tells
 whoever holds a pidfd (``PIDFD_GET_INFO``, Linux 6.15). An older kernel tells nobody then.
@@ -7,15 +7,41 @@ whoever holds a pidfd (``PIDFD_GET_INFO``, Linux 6.15). An older kernel tells no
 from __future__ import annotations
 
 import os
+import select
 from time import monotonic, sleep
 
+from memtrack.collectors.procfs import open_held
+
 TIMEOUT_S = 0.25
+GIVE_WAY_MS = 10
 
 _PIDFD_GET_INFO = 0xC040FF0B
 """``_IOWR(0xFF, 11, struct pidfd_info)`` with the 64 bytes that the struct had when it came."""
 _PIDFD_INFO_EXIT = 1 << 3
 _EXIT_CODE = slice(60, 64)
 _CAP_SYS_PTRACE = 1 << 19
+
+
+class Dying:
+    """Sees when a process lets go of its memory, which it does before anybody is told of its death."""
+
+    def __init__(self, pid: int, pid_fd: int, proc: str = "/proc") -> None:
+        self._statm = open_held(f"{proc}/{pid}/statm", 128)
+        self._poll = select.poll() if pid_fd >= 0 else None
+        if self._poll is not None:
+            self._poll.register(pid_fd, select.POLLIN)
+
+    def give_way(self) -> None:
+        """If it does so right now, wait for its death, ``GIVE_WAY_MS`` at the most.
+
+        While the victim of an out-of-memory kill returns its memory, the kernel does not see it as one any more. Who
+        needs a page then, as for a write to a file, may be the next: their cgroup is still full.
+        """
+        try:
+            if self._poll is not None and self._statm is not None and self._statm.read().startswith(b"0 "):
+                self._poll.poll(GIVE_WAY_MS)
+        except OSError:
+            pass  # it has been collected
 
 
 def wait_status(

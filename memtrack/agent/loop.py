@@ -53,6 +53,7 @@ class Agent:
         self._marks = self._writer.marks
         self._wake_fd = wake_fd
         self._pid_fd = self._open_pid()
+        self._dying = exit_status.Dying(self._pid, self._pid_fd)
         self._stacks = StackWatch(self._writer, self._pid, fields, _given_memory())
         now_ns = monotonic_ns()
         self._budget = Budget(float(fields["cpu_budget_pct"]) / 100.0, now_ns, 0)
@@ -140,6 +141,7 @@ class Agent:
     # -- one turn ---------------------------------------------------------------------------------------------------
 
     def _tick(self) -> None:
+        self._dying.give_way()
         now_ns = monotonic_ns()
         asked = self._writer.peak_asked
         if asked == self._writer.peak_begun and self._sampler.glance(now_ns):
@@ -325,28 +327,13 @@ def _given_memory() -> int:
         return -1
 
 
-def _claim(path: str) -> int:
-    """Lock the recording until this process ends. Returns the descriptor that has the lock; -1 if somebody else has it:
-    another agent, which stood still for a while, or who delivers it. No kill leaves it behind: it is the kernel's."""
-    from fcntl import LOCK_EX, LOCK_NB, flock
-
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        flock(fd, LOCK_EX | LOCK_NB)
-    except BlockingIOError:
-        return -1
-    except OSError:
-        pass  # a file system without locks
-    return fd
-
-
 def main(path: str, *, relieving: bool = False) -> int:
     """Watch the process that the recording at ``path`` names, in the place of the agent that does, if ``relieving``.
 
     Returns the exit status.
     """
     held_fd = -1
-    if sys.platform == "linux" and (held_fd := (relief.relieve if relieving else _claim)(path)) < 0:
+    if sys.platform == "linux" and (held_fd := (relief.relieve if relieving else relief.claim)(path)) < 0:
         return 0
     _ignore_signals()
     # nothing here makes reference cycles, and the collector's passes would cost more than they find

@@ -16,6 +16,21 @@ PAUSE_S = 0.002
 _WORD = layout.CONTROL + 8 * layout.RELIEF
 
 
+def claim(path: str) -> int:
+    """Lock the recording until this process ends. Returns the descriptor that has the lock; -1 if somebody else has it:
+    another agent, which stood still for a while, or who delivers it. No kill leaves it behind: it is the kernel's."""
+    from fcntl import LOCK_EX, LOCK_NB, flock
+
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        flock(fd, LOCK_EX | LOCK_NB)
+    except BlockingIOError:
+        return -1
+    except OSError:
+        pass  # a file system without locks
+    return fd
+
+
 def relieve(path: str) -> int:
     """Wait until the agent of the recording at ``path`` has left. Returns the descriptor that has its lock; -1 if it
     stays: it hangs, is delivering, or the file system has no locks."""
