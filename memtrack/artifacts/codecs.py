@@ -70,7 +70,7 @@ def stored(block: Any) -> Coded:
     view = memoryview(block)
     # a single segment, with its size in four bytes
     parts: list[Any] = [b"\x28\xb5\x2f\xfd\xa0", len(view).to_bytes(4, "little")]
-    for at in range(0, len(view), RAW_BYTES):
+    for at in range(0, len(view) or 1, RAW_BYTES):
         part = view[at : at + RAW_BYTES]
         parts += [(len(part) << 3 | (at + len(part) == len(view))).to_bytes(3, "little"), part]
     return Coded("plain", [b"".join(parts)])

@@ -9,14 +9,25 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import zstandard
 
-from memtrack.artifacts.reading import END, HEAD, MARK, NOTE, TABLE, TRAILER, VERSION
+from memtrack.artifacts.reading import (
+    END,
+    HEAD,
+    MARK,
+    MAX_ENTRIES,
+    MAX_ITEMS,
+    NOTE,
+    TABLE,
+    TRAILER,
+    VERSION,
+    items_of,
+    most_text,
+)
 
 if TYPE_CHECKING:
     from memtrack.artifacts.codecs import Coded
 
 MAX_BYTES = 32 << 20
 """Of a pack: a unit of upload that is cheap to repeat, and what a tracker's client may hold in memory of it."""
-MAX_ENTRIES = 16_384
 PACK_NOTE = """memtrack pack: a part of an artifact, in standard zstd frames.
 restore.py, beside the folder that this is in, puts the artifact together: python restore.py memtrack/NAME.mtz
 """
@@ -59,6 +70,8 @@ class _Container:
     def _finish(self, table: dict[str, Any]) -> Written:
         text = json.dumps(table, separators=(",", ":")).encode()
         frame, at = zstandard.ZstdCompressor(level=9).compress(text), self.size
+        if len(text) > most_text(len(frame)) or items_of(text) > MAX_ITEMS:
+            raise ValueError("it has more files or blocks than one artifact can: store it in parts")
         self._write(HEAD.pack(TABLE, len(frame)) + frame)
         self._write(END.pack(TRAILER, END.size - HEAD.size, at, MARK))
         os.fsync(self._file.fileno())
@@ -102,5 +115,13 @@ class PackWriter(_Container):
 
 
 def write_manifest(path: str, table: dict[str, Any], note: str) -> Written:
-    """Write the manifest of an artifact. ``table`` is what FORMAT.md says, without the kind and the version."""
-    return _Container(path, note, with_md5=True)._finish({"memtrack": "artifact", "version": VERSION, **table})
+    """Write the manifest of an artifact. ``table`` is what FORMAT.md says, without the kind and the version.
+
+    Raises ValueError if there is more in it than would be read, or OSError, and leaves nothing then.
+    """
+    container = _Container(path, note, with_md5=True)
+    try:
+        return container._finish({"memtrack": "artifact", "version": VERSION, **table})
+    except BaseException:
+        container.discard()
+        raise

@@ -39,15 +39,18 @@ class Entry(NamedTuple):
 
 
 def content_size(frame: bytes) -> int:
-    """The size that a zstd frame says its content has; -1 if it does not, or wants a window above 8 MiB (RFC 8878)."""
+    """The size that a zstd frame says its content has (RFC 8878).
+
+    -1 if it does not, or wants a window above 8 MiB, a dictionary, or what there is not in version 1 of the format.
+    """
     if len(frame) < 6 or frame[:4] != b"\x28\xb5\x2f\xfd":
         return -1
     descriptor = frame[4]
-    is_single, size_flag, dictionary = descriptor >> 5 & 1, descriptor >> 6, (0, 1, 2, 4)[descriptor & 3]
-    if not is_single and frame[5] >> 3 > 13:
+    is_single, size_flag = descriptor >> 5 & 1, descriptor >> 6
+    if descriptor & 0b1011 or (not is_single and frame[5] > 13 << 3):
         return -1
     length = (is_single, 2, 4, 8)[size_flag]
-    at = 5 + (not is_single) + dictionary
+    at = 5 + (not is_single)
     if length == 0 or len(frame) < at + length:
         return -1
     return int.from_bytes(frame[at : at + length], "little") + (256 if length == 2 else 0)
@@ -62,9 +65,9 @@ def _with_stdlib(zstd: Any) -> Decompress:
 
 
 def _with_zstandard(zstd: Any) -> Decompress:
-    decompressor = zstd.ZstdDecompressor(max_window_size=8 << 20)
-    # the limit is ignored where a frame tells its size, which therefore has been compared before
-    return lambda frame, size: decompressor.decompress(frame, max_output_size=size or 1)
+    # one a frame: they are for one thread at a time, and cost nothing. The limit is ignored where a frame tells its
+    # size, which therefore has been compared before
+    return lambda frame, size: zstd.ZstdDecompressor().decompress(frame, max_output_size=size or 1)
 
 
 def _with_program(frame: bytes, size: int) -> bytes:
@@ -82,6 +85,7 @@ def _with_program(frame: bytes, size: int) -> bytes:
 
 
 def _find_zstd() -> Decompress:
+    """Whichever zstd there is. Raises ImportError."""
     import shutil
     from importlib import import_module
 
@@ -96,14 +100,14 @@ def _find_zstd() -> Decompress:
             continue
     if shutil.which("zstd"):
         return _with_program
-    raise SystemExit("no zstd was found. Install one: pip install zstandard")
+    raise ImportError("no zstd was found. Install one: pip install zstandard")
 
 
 _decompress: Decompress | None = None
 
 
 def decompress(frame: bytes, size: int) -> bytes:
-    """The content of a frame, which must be of this size. Raises Damaged."""
+    """The content of a frame, which must be of this size. Raises Damaged, and ImportError if there is no zstd."""
     global _decompress
     if _decompress is None:
         _decompress = _find_zstd()

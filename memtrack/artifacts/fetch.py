@@ -28,6 +28,12 @@ if TYPE_CHECKING:
     Found = TypeVar("Found")
 
 
+MAX_STORED = 80 << 20
+"""Bytes of a pack or a manifest that is fetched: more than are written, so that room is left for later versions."""
+MAX_TOLD = 5
+"""Files that an error names."""
+
+
 class DeletedArtifact(NamedTuple):
     """What came of deleting an artifact."""
 
@@ -77,11 +83,12 @@ def restore(
     to = os.fspath(to)
     with _opened(os.fspath(source)) as artifact:
         files = _chosen(artifact.artifact, file)
-        _check_size(sum(one.size for one in files) if tensor is None else 0, max_bytes, to)
         if tensor is not None:
             from memtrack.artifacts.tensor import restore_tensor
 
-            return _translated(lambda: restore_tensor(artifact.artifact, files, tensor, to))
+            check = partial(_check_size, max_bytes=max_bytes, to=to)
+            return _translated(lambda: restore_tensor(artifact.artifact, files, tensor, to, check))
+        _check_size(sum(one.size for one in files), max_bytes, to)
         return _restore_files(artifact.artifact, files, to, on_progress)
 
 
@@ -150,7 +157,8 @@ class _opened:
         self._store, name = open_store(source)
         self._folder = tempfile.mkdtemp(prefix="memtrack-restore-")
         try:
-            self.name = _full_name(self._store, None, name)
+            self._sizes = self._store.names()
+            self.name = _full_name(self._store, self._sizes, name)
             with self._fetch(f"{ROOT}/{self.name}.mtz") as manifest:
                 self.artifact: Artifact = _translated(lambda: Artifact(manifest, self._open_pack))
         except BaseException:
@@ -177,15 +185,21 @@ class _opened:
     def _fetch(self, name: str) -> BinaryIO:
         if isinstance(self._store, FolderStore):
             return self._store.open(name)  # type: ignore[return-value]
+        if self._sizes.get(name, -1) > MAX_STORED:
+            raise ArtifactFormatError(f"{name} in {self._store.key} is larger than any file of memtrack's")
         path = os.path.join(self._folder, name.replace("/", "-"))
         if not os.path.exists(path):
             self._store.get(name, path)
-        return open(path, "rb")
+        file = open(path, "rb")  # noqa: SIM115 - it stays open
+        try:
+            os.unlink(path)  # it takes no room once it is closed: there may be many
+        except OSError:  # Windows
+            pass
+        return file
 
 
-def _full_name(store: Store, known: dict[str, int] | None, name: str) -> str:
+def _full_name(store: Store, known: dict[str, int], name: str) -> str:
     """The name of an artifact; of a series of checkpoints the newest."""
-    known = store.names() if known is None else known
     if f"{ROOT}/{name}.mtz" in known:
         return name
     steps = sorted(one for one in known if _is_manifest(one) and one.startswith(f"{ROOT}/{name}/"))
@@ -198,7 +212,7 @@ def _full_name(store: Store, known: dict[str, int] | None, name: str) -> str:
 
 
 def _is_manifest(name: str) -> bool:
-    return name.endswith(".mtz") and not name.startswith(PACKS)
+    return name.endswith(".mtz") and not name.startswith(PACKS) and name.isprintable()
 
 
 def _packs_of(store: Store, manifest: str) -> dict[str, int]:
@@ -229,12 +243,11 @@ def _chosen(artifact: Artifact, file: str | None) -> list[File]:
 
 def _check_size(size: int, max_bytes: int | None, to: str) -> None:
     if max_bytes is None:
-        at = os.path.abspath(to)
-        while not os.path.exists(at):
-            at = os.path.dirname(at)
-        max_bytes = shutil.disk_usage(at).free
+        from memtrack.artifacts.restore import room_in
+
+        max_bytes = room_in(to)
         if size > max_bytes:
-            raise ArtifactError(f"it comes to {size / 1e6:.1f} MB, and {at} has {max_bytes / 1e6:.1f} MB free")
+            raise ArtifactError(f"it comes to {size / 1e6:.1f} MB, and {to} has {max_bytes / 1e6:.1f} MB free")
     if size > max_bytes:
         raise ArtifactError(f"it comes to {size} bytes, and max_bytes={max_bytes}")
 
@@ -252,14 +265,16 @@ def _restore_files(
         if on_progress is not None:
             on_progress(done, total)
 
-    path, errors = to, []
+    path = to
+    errors: list[str] = []
     for one in files:
         try:
             path = _translated(partial(restore_file, artifact, one, to, on_bytes))
         except ArtifactFormatError as exc:
-            errors.append(f"{one.path}: {exc}")
+            errors.append(f"{one.path}: {exc}" if len(errors) < MAX_TOLD else "")
     if errors:
-        raise ArtifactFormatError("; ".join(errors))
+        more = f"; and {len(errors) - MAX_TOLD} more are damaged" if len(errors) > MAX_TOLD else ""
+        raise ArtifactFormatError("; ".join(errors[:MAX_TOLD]) + more)
     return path if len(artifact.files) == 1 or len(files) == 1 else to
 
 
@@ -273,6 +288,8 @@ def _translated(call: Callable[[], Found]) -> Found:
         raise ArtifactFormatError(str(exc)) from exc
     except MemtrackError:
         raise
+    except ImportError as exc:
+        raise MissingDependencyError("restoring artifacts", "artifacts") from exc
     except OSError as exc:
         raise ArtifactError(
             f"cannot restore it: {exc.strerror or exc}{f': {exc.filename}' if exc.filename else ''}"

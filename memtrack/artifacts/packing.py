@@ -15,6 +15,7 @@ from memtrack.artifacts.codecs import WIDTHS, Codec, Coded
 from memtrack.artifacts.container import PackWriter, Written, write_manifest
 from memtrack.artifacts.layouts import layout_of
 from memtrack.artifacts.ledger import Located
+from memtrack.artifacts.reading import is_safe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -27,6 +28,8 @@ BLOCK_BYTES = 1 << 20
 MAX_DEPTH = 8
 """Blocks that rest on each other: the next one is a key frame, so that restoring it does not take ever longer."""
 MAX_LAID = 2048
+MAX_FILES = 50_000
+"""What is known of each is held in memory, here and where it is restored."""
 SMALL_BYTES = 512
 """Of a block that is not worth being cut into planes."""
 PROGRESS_S = 0.2
@@ -129,8 +132,10 @@ class Packer:
     def pack(self, sources: list[Source], step: int | None, note: Callable[[str], str]) -> Packed:
         """Pack the files and write the manifest.
 
-        ``note`` makes the text at its head from what is special about it. Raises OSError.
+        ``note`` makes the text at its head from what is special about it. Raises OSError, and ValueError if the files
+        could not be restored: too many, or names that no reader takes.
         """
+        _check(sources)
         self._total = sum(os.stat(source.opened).st_size for source in sources)
         try:
             files = [self._file(source) for source in sources]
@@ -315,6 +320,14 @@ class Packer:
 def state_of(status: os.stat_result) -> tuple[int, int]:
     """What changes when a file is written to."""
     return status.st_size, status.st_mtime_ns
+
+
+def _check(sources: list[Source]) -> None:
+    if len(sources) > MAX_FILES:
+        raise ValueError(f"{len(sources)} files are too many for one artifact ({MAX_FILES}): store an archive of them")
+    for source in sources:
+        if not is_safe(source.path):
+            raise ValueError(f"{source.path[:80]!r} is a name that may not be restored: rename the file")
 
 
 def _blocks(file: BinaryIO, layout: Layout) -> Iterator[tuple[str, int, str, int, bytes]]:

@@ -17,6 +17,7 @@ from memtrack.artifacts.decoding import Block, Damaged, Entry, content_size, dec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from typing import NoReturn, TypeGuard
 
 NOTE, TABLE, TRAILER = 0x184D2A50, 0x184D2A51, 0x184D2A52
 """Magic numbers of the skippable frames: a text, the table as JSON in a zstd frame, and where that is."""
@@ -28,12 +29,17 @@ VERSION = 1
 MAX_BLOCK = 4 << 20
 MAX_PACK = 64 << 20
 MAX_TABLE = 16 << 20
+MAX_ENTRIES = 16_384
+"""Bytes of a block, of a pack and of a table, and blocks in a pack: more is not written and not read."""
 MAX_ITEMS = 1_000_000
-"""Bytes of a block, of a pack and of a table, and how many things are in a table: more is not written and not read."""
+"""Values in a table. In memory each takes a hundred bytes or so."""
 MAX_DEPTH = 64
 """Blocks that are restored one from the other; memtrack stops at 8."""
 MAX_OPEN = 16
-"""Packs that are held open."""
+MAX_HELD = 2 * MAX_ENTRIES
+"""Packs that are held open, and what is known of blocks in them."""
+SMALLEST = 64
+"""Bytes of a block, on average over a file of more than a few."""
 CODINGS = re.compile(r"(plain)|(planes|rotate|delta|idelta)([1248])")
 
 
@@ -65,31 +71,58 @@ def read_table(file: BinaryIO) -> tuple[dict[str, Any], int]:
         raise Damaged("its table is not where it says")
     frame = file.read(length)
     declared = content_size(frame)
-    if not 0 <= declared <= MAX_TABLE:
+    if not 0 <= declared <= most_text(length):
         raise Damaged("its table is too large")
     text = decompress(frame, declared)
-    if text.count(b",") + text.count(b"[") + text.count(b"{") > MAX_ITEMS:
+    if items_of(text) > MAX_ITEMS:
         raise Damaged("its table is too large")
     try:
-        table = json.loads(text)
+        table = json.loads(text.decode("ascii"), parse_int=_number, parse_float=_refuse, parse_constant=_refuse)
     except (ValueError, RecursionError) as exc:
         raise Damaged("its table cannot be read") from exc
     if not isinstance(table, dict):
         raise Damaged("its table cannot be read")
-    if table.get("version") != VERSION:
-        raise Damaged(f"it is of version {str(table.get('version'))[:20]}, and this reads version {VERSION}")
+    version = table.get("version")
+    if type(version) is not int or version != VERSION:
+        raise Damaged(f"it is of version {_told(version)}, and this reads version {VERSION}")
     return table, at
 
 
-def _whole(value: Any, most: int = 1 << 62) -> int:
-    if type(value) is not int or not 0 <= value <= most:
-        raise Damaged(f"its table has {str(value)[:40]!r} for a number")
+def items_of(text: bytes) -> int:
+    """How many values there are in JSON, and what holds them, at most."""
+    return sum(map(text.count, (b",", b":", b"[", b"{")))
+
+
+def most_text(length: int) -> int:
+    """Bytes of a table that takes ``length`` when it is compressed. It is full of digests, which cannot be; what takes
+    twenty times as much in memory must not be had for nothing."""
+    return min((1 << 20) + 16 * length, MAX_TABLE)
+
+
+def _number(digits: str) -> int:
+    if len(digits) > 20:  # which takes the longer the more there are
+        raise Damaged("its table has a number out of bounds")
+    return int(digits)
+
+
+def _refuse(number: str) -> NoReturn:
+    raise Damaged(f"its table has {number[:20]} for a number")
+
+
+def _told(value: Any) -> str:
+    """A value of a stranger's, to be printed."""
+    return repr(value)[:70] if isinstance(value, (str, int)) or value is None else f"a {type(value).__name__}"
+
+
+def _whole(value: Any, most: int = 1 << 62, least: int = 0) -> int:
+    if type(value) is not int or not least <= value <= most:
+        raise Damaged(f"its table has {_told(value)} for a number")
     return value
 
 
 def _hex(value: Any, length: int) -> str:
     if not isinstance(value, str) or len(value) != length or not re.fullmatch("[0-9a-f]*", value):
-        raise Damaged(f"its table has {str(value)[:70]!r} for a digest")
+        raise Damaged(f"its table has {_told(value)} for a digest")
     return value
 
 
@@ -109,15 +142,19 @@ class Pack:
             raise Damaged("it is no pack")
         self.entries: list[Entry] = []
         at = _whole(table.get("offset"), end)
-        for row in _list(table.get("blocks")):
+        blocks = _list(table.get("blocks"))
+        if len(blocks) > MAX_ENTRIES:
+            raise Damaged("it has too many blocks")
+        for row in blocks:
             coding, size, digest, frames, base = _list(row, 5)
             found = CODINGS.fullmatch(coding) if isinstance(coding, str) else None
             if found is None:
-                raise Damaged(f"a block is coded as {str(coding)[:20]!r}, which this does not know")
-            lengths = [_whole(length, MAX_BLOCK + 4096) for length in _list(frames)]
+                raise Damaged(f"a block is coded as {_told(coding)}, which this does not know")
             width = int(found[3] or 1)
-            if len(lengths) != (1 if found[1] else width) or _whole(size, MAX_BLOCK) % width:
+            if _whole(size, MAX_BLOCK, 1) % width or len(_list(frames)) != (1 if found[1] else width):
                 raise Damaged("a block has other frames than its coding")
+            plane = size // width
+            lengths = [_whole(length, plane + plane // 128 + 512) for length in frames]
             of = None if base is None else (_hex(_list(base, 2)[0], 24), _whole(base[1]))
             if (of is None) == (found[2] in ("delta", "idelta")):
                 raise Damaged("a block lacks the one that it tells the difference to")
@@ -151,18 +188,18 @@ class Packs:
         self._sizes = sizes
         self._tell_lost = tell_lost
         self._open: dict[str, Pack] = {}
+        self._lost: dict[str, str] = {}
+        """What is wrong with packs that cannot be read: they are not asked for again for each block."""
+        self._patience = MAX_ITEMS
+        """So many entries may still be read. Who reads blocks gets more: going to and fro between packs that cannot all
+        be held takes time, but no more than in proportion to what comes of it."""
 
     def entry(self, pack: str, number: int) -> Entry:
         """What is known of a block. Raises Damaged."""
-        try:
-            entries = self._pack(pack).entries
-            if number >= len(entries):
-                raise Damaged("it has fewer blocks than it should")
-            return entries[number]
-        except FileNotFoundError:
-            raise Damaged(f"pack {pack}.mtz is missing{self._tell_lost(pack)}") from None
-        except Damaged as exc:
-            raise self._damaged(pack, exc) from exc
+        entries = self._pack(pack).entries
+        if number >= len(entries):
+            raise self._damaged(pack, "it has fewer blocks than it should")
+        return entries[number]
 
     def block(self, pack: str, number: int) -> Block:
         """The bytes of a block, which have been compared with their digest. Raises Damaged."""
@@ -174,12 +211,10 @@ class Packs:
             of, entry = entry.base[0], self.entry(*entry.base)
             chain.append((of, entry))
         block = self._decode(chain)
-        if hashlib.sha256(block).hexdigest() != chain[0][1].digest:
-            # which pack it is: the first on the way whose block is not what it was
-            for start in reversed(range(len(chain))):
-                of, entry = chain[start]
-                if hashlib.sha256(self._decode(chain[start:])).hexdigest() != entry.digest:
-                    raise self._damaged(of, "a block is not what it was")
+        if not _is_whole(block, chain[0][1]):
+            self._decode(chain, is_checked=True)
+            raise self._damaged(pack, "a block is not what it was")
+        self._patience += len(block) >> 8
         return block
 
     def close(self) -> None:
@@ -190,33 +225,60 @@ class Packs:
     def _pack(self, pack: str) -> Pack:
         found = self._open.pop(pack, None)
         if found is None:
-            if self._sizes is not None and pack not in self._sizes:
-                raise Damaged("it is needed and not listed")
-            if len(self._open) >= MAX_OPEN:
-                self._open.pop(next(iter(self._open))).file.close()
-            file = self._open_pack(pack)
+            if pack in self._lost:
+                raise Damaged(self._lost[pack])
             try:
-                size = file.seek(0, os.SEEK_END)
-                if size != (size if self._sizes is None else self._sizes[pack]):
-                    raise Damaged("its size is not what the manifest says")
-                found = Pack(file)
-            except BaseException:
-                file.close()
-                raise
+                found = self._opened(pack)
+            except FileNotFoundError:
+                self._lost[pack] = f"pack {pack}.mtz is missing{self._tell_lost(pack)}"
+                raise Damaged(self._lost[pack]) from None
+            except Damaged as exc:
+                self._lost[pack] = str(self._damaged(pack, exc))
+                raise Damaged(self._lost[pack]) from exc
         self._open[pack] = found  # the newest last: the oldest goes first
         return found
 
-    def _decode(self, chain: Sequence[tuple[str, Entry]]) -> Block:
+    def _opened(self, pack: str) -> Pack:
+        if self._sizes is not None and pack not in self._sizes:
+            raise Damaged("it is needed and not listed")
+        file = self._open_pack(pack)
+        try:
+            size = file.seek(0, os.SEEK_END)
+            if size != (size if self._sizes is None else self._sizes[pack]):
+                raise Damaged("its size is not what the manifest says")
+            found = Pack(file)
+            held = len(found.entries) + sum(len(one.entries) for one in self._open.values())
+            while self._open and (held > MAX_HELD or len(self._open) >= MAX_OPEN):
+                oldest = self._open.pop(next(iter(self._open)))
+                oldest.file.close()
+                held -= len(oldest.entries)
+            self._patience -= len(found.entries)
+            if self._patience < 0:
+                raise Damaged("what it is needed for is scattered over too many packs")
+        except BaseException:
+            file.close()
+            raise
+        return found
+
+    def _decode(self, chain: Sequence[tuple[str, Entry]], *, is_checked: bool = False) -> Block:
+        """The bytes of a block that rests on others. ``is_checked``: which of them is to blame, if any is."""
         block: Block = None
         for pack, entry in reversed(chain):
+            frames = self._pack(pack).frames(entry)
             try:
-                block = decode(entry, self._pack(pack).frames(entry), block)
+                block = decode(entry, frames, block)
             except Damaged as exc:
                 raise self._damaged(pack, exc) from exc
+            if is_checked and not _is_whole(block, entry):
+                raise self._damaged(pack, "a block is not what it was")
         return block
 
     def _damaged(self, pack: str, what: object) -> Damaged:
         return Damaged(f"pack {pack}.mtz is damaged: {what}{self._tell_lost(pack)}")
+
+
+def _is_whole(block: Block, entry: Entry) -> bool:
+    return hashlib.sha256(block).hexdigest() == entry.digest
 
 
 class Artifact:
@@ -230,29 +292,50 @@ class Artifact:
             self.table, _ = read_table(manifest)
             if self.table.get("memtrack") != "artifact":
                 raise Damaged("it is no manifest of an artifact")
-            packs = [_list(pack)[:2] for pack in _list(self.table.get("packs"))]
+            packs = [_list(pack, 2) for pack in _list(self.table.get("packs"))]
             self.packs = [(_hex(pack, 24), _whole(size, MAX_PACK)) for pack, size in packs]
-            self.files = {file.path: file for file in map(self._file, _list(self.table.get("files")))}
-        except (Damaged, ValueError, KeyError, TypeError) as exc:
+            sizes = dict(self.packs)
+            if len(sizes) != len(self.packs):
+                raise Damaged("a pack is listed twice")
+            self.files = self._all_files(_list(self.table.pop("files", None)))
+        except Damaged as exc:
             raise Damaged(f"the manifest cannot be read: {exc}") from exc
-        self._packs = Packs(open_pack, dict(self.packs), self._tell_lost)
+        self._packs = Packs(open_pack, sizes, self._tell_lost)
+        self._lost_with: dict[int, list[str]] = {}
+        """The files that lie in a pack, by its number: made when the first pack is lost."""
+
+    def _all_files(self, rows: list[Any]) -> dict[str, File]:
+        files: dict[str, File] = {}
+        for at, row in enumerate(rows):
+            file = self._file(row)
+            if file.path in files:
+                raise Damaged(f"{_told(file.path)} is there twice")
+            files[file.path] = file
+            rows[at] = None  # there may be many
+        places = sorted(f"{path}/" for path in files)
+        for at in range(1, len(places)):
+            if places[at].startswith(places[at - 1]):
+                raise Damaged(f"{_told(places[at - 1][:-1])} is a file and a folder")
+        return files
 
     def _file(self, row: Any) -> File:
         if not isinstance(row, dict):
             raise Damaged("its table has something else for a file")
         ranges = []
-        for one in _list(row["blocks"]):
+        for one in _list(row.get("blocks")):
             pack, first, count, size = (_whole(number) for number in _list(one, 4))
-            if pack >= len(self.packs) or count > MAX_ITEMS:
+            if pack >= len(self.packs):
                 raise Damaged("a file is in a pack that is not listed")
+            if not count <= size <= count * MAX_BLOCK:
+                raise Damaged("a file has blocks of another size than there are")
             ranges.append((pack, first, count, size))
-        size = _whole(row["size"])
-        if sum(one[3] for one in ranges) != size:
+        size = _whole(row.get("size"))
+        if sum(one[3] for one in ranges) != size or sum(one[2] for one in ranges) > SMALLEST + size // SMALLEST:
             raise Damaged("a file has another size than its blocks")
-        path = row["path"]
+        path = row.get("path")
         if not is_safe(path):
-            raise Damaged(f"{str(path)[:80]!r} is no name for a file")
-        return File(path, size, _whole(row.get("mode", 0o644), 0o777), _hex(row["digest"], 64), ranges)
+            raise Damaged(f"{_told(path)} is no name for a file")
+        return File(path, size, _whole(row.get("mode", 0o644), 0o777), _hex(row.get("digest"), 64), ranges)
 
     @property
     def size(self) -> int:
@@ -295,18 +378,26 @@ class Artifact:
         self._packs.close()
 
     def _tell_lost(self, pack: str) -> str:
+        if not self._lost_with:
+            for file in self.files.values():
+                for number in {one[0] for one in file.ranges}:
+                    self._lost_with.setdefault(number, []).append(file.path)
         number = next((at for at, (one, _) in enumerate(self.packs) if one == pack), -1)
-        lost = [file.path for file in self.files.values() if any(one[0] == number for one in file.ranges)]
+        lost = self._lost_with.get(number)
         if not lost:
             return "; what is told as a difference to it is lost"
         return f"; lost with it: {', '.join(lost[:10])}{f' and {len(lost) - 10} more' if len(lost) > 10 else ''}"
 
 
-def is_safe(path: Any) -> bool:
-    """Whether a path stays below the folder that it is put into, on any system."""
-    if not isinstance(path, str) or not path or len(path) > 4096 or any(ord(char) < 32 for char in path):
+def is_safe(path: Any) -> TypeGuard[str]:
+    """Whether a path stays below the folder that it is put into, on any system, and can be printed."""
+    # control characters: a terminal does what they say
+    if not isinstance(path, str) or len(path) > 4096 or re.search("[\0-\x1f\x7f-\x9f]", path):
         return False
-    parts = path.split("/")
-    if any(part in ("", ".", "..") or len(part.encode("utf-8", "surrogateescape")) > 255 for part in parts):
+    try:
+        parts = path.encode("utf-8", "surrogateescape").split(b"/")
+    except UnicodeEncodeError:  # a half of a character
+        return False
+    if any(part in (b"", b".", b"..") or len(part) > 255 for part in parts):
         return False
     return os.name != "nt" or not re.search(r'[\\:*?"<>|]', path)

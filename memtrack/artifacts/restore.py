@@ -11,7 +11,9 @@ standard library's (Python 3.14), ``backports.zstd``, or the program ``zstd``.
 from __future__ import annotations
 
 import argparse
+import errno
 import os
+import shutil
 import sys
 import tempfile
 from typing import TYPE_CHECKING
@@ -26,13 +28,17 @@ if TYPE_CHECKING:
 def restore_file(artifact: Artifact, file: File, folder: str, on_bytes: Callable[[int], None] | None = None) -> str:
     """Write a file below a folder: first beside its place, then, when it is whole and on disk, there. Gives the path.
 
-    Raises Damaged or OSError, and leaves nothing then.
+    Raises Damaged or OSError, and leaves no file then.
     """
     path = os.path.join(folder, *file.path.split("/"))
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    if os.path.commonpath([os.path.realpath(path), os.path.realpath(folder)]) != os.path.realpath(folder):
+    place = os.path.dirname(path) or "."
+    inside = os.path.join(os.path.realpath(folder), "")
+    if not os.path.join(os.path.realpath(place), "").startswith(inside):
         raise Damaged(f"{file.path} would be outside of {folder}: a link there leads out of it")
-    fd, part = tempfile.mkstemp(prefix=".memtrack-", suffix=".part", dir=os.path.dirname(path) or ".")
+    if os.path.isdir(path) and not os.path.islink(path):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    os.makedirs(place, exist_ok=True)
+    fd, part = tempfile.mkstemp(prefix=".memtrack-", suffix=".part", dir=place)
     try:
         with open(fd, "wb", buffering=0) as out:
             for _, block in artifact.blocks(file):
@@ -50,6 +56,14 @@ def restore_file(artifact: Artifact, file: File, folder: str, on_bytes: Callable
         os.unlink(part)
         raise
     return path
+
+
+def room_in(folder: str) -> int:
+    """The bytes that are free where a folder is, or will be."""
+    at = os.path.abspath(folder)
+    while not os.path.exists(at):
+        at = os.path.dirname(at)
+    return shutil.disk_usage(at).free
 
 
 def find_packs(manifest: str) -> str:
@@ -70,24 +84,31 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="say what there is")
     options = parser.parse_args(arguments)
     packs = options.packs or find_packs(options.manifest)
+    for stream in (sys.stdout, sys.stderr):  # a name may have characters that the terminal cannot show
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         with open(options.manifest, "rb") as manifest:
             artifact = Artifact(manifest, lambda pack: open(os.path.join(packs, f"{pack}.mtz"), "rb"))  # noqa: SIM115
         if options.file is not None and options.file not in artifact.files:
             raise Damaged(f"there is no file {options.file!r}; --list shows what there is")
+        files = [file for file in artifact.files.values() if options.file in (None, file.path)]
+        size, room = sum(file.size for file in files), room_in(options.to)
+        if size > room and not options.list:
+            raise Damaged(f"it comes to {size:,} bytes, and {options.to} has {room:,} free")
         status = 0
-        for file in artifact.files.values():
+        for file in files:
             if options.list:
                 print(f"{file.size:>15,}  {file.path}")
-            elif options.file in (None, file.path):
-                try:
-                    print(restore_file(artifact, file, options.to))
-                except Damaged as exc:
-                    print(f"{file.path}: {exc}", file=sys.stderr)
-                    status = 1
+                continue
+            try:
+                print(restore_file(artifact, file, options.to))
+            except Damaged as exc:
+                print(f"{file.path}: {exc}", file=sys.stderr)
+                status = 1
         artifact.close()
         return status
-    except (Damaged, OSError) as exc:
+    except (Damaged, OSError, ImportError) as exc:
         print(exc, file=sys.stderr)
         return 1
 

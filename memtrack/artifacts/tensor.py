@@ -15,6 +15,8 @@ from memtrack.artifacts.reading import is_safe
 from memtrack.errors import ArtifactError, ArtifactNotFoundError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from memtrack.artifacts.layouts import Tensor
     from memtrack.artifacts.reading import Artifact, File
 
@@ -65,10 +67,11 @@ class StoredFile(io.RawIOBase):
         return len(part)
 
 
-def restore_tensor(artifact: Artifact, files: list[File], name: str, to: str) -> str:
+def restore_tensor(artifact: Artifact, files: list[File], name: str, to: str, check_size: Callable[[int], None]) -> str:
     """Write the tensor of this name to ``to`` as ``NAME.safetensors``, with its dtype and shape. Gives the path.
 
-    Raises ArtifactNotFoundError, ArtifactError, Damaged or OSError.
+    ``check_size`` gets its bytes, and raises if these are too many. Raises ArtifactNotFoundError, ArtifactError,
+    Damaged or OSError.
     """
     known: list[str] = []
     for file in files:
@@ -77,6 +80,7 @@ def restore_tensor(artifact: Artifact, files: list[File], name: str, to: str) ->
         known += [tensor.name for tensor in tensors]
         for tensor in tensors:
             if tensor.name == name:
+                check_size(tensor.length)
                 stored.seek(tensor.offset)
                 return _write(stored, tensor, os.path.basename(file.path) if name == "" else name, to)
     there = (
