@@ -8,7 +8,7 @@ import tempfile
 from functools import partial
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TypeVar
 
-from memtrack import registry
+from memtrack import config, registry
 from memtrack.artifacts.store import PACKS, ROOT, FolderStore
 from memtrack.errors import (
     ArtifactError,
@@ -105,6 +105,10 @@ def delete_checkpoint(source: str | os.PathLike[str]) -> DeletedArtifact:
 
     Not to be called while an artifact is being stored in the same run. Needs as many requests as there are artifacts.
     """
+    from memtrack.artifacts.ledger import Ledger
+    from memtrack.artifacts.pending import state_folder
+    from memtrack.artifacts.uploader import OVERVIEW
+
     store, name = open_store(os.fspath(source))
     try:
         known = store.names()
@@ -118,6 +122,13 @@ def delete_checkpoint(source: str | os.PathLike[str]) -> DeletedArtifact:
         for pack in own:
             if pack not in kept:
                 store.delete(f"{PACKS}{pack}.mtz")
+        if OVERVIEW in known:  # it would tell of what is gone; the next artifact brings another
+            store.delete(OVERVIEW)
+        state = state_folder(config.find_directory(config.resolve({})), store.key)
+        if os.path.isdir(state):
+            ledger = Ledger(state)
+            ledger.forget(name)
+            ledger.close()
         needed_by = [one[len(ROOT) + 1 : -4] for one, packs in needs.items() if own.keys() & packs.keys()]
         return DeletedArtifact(
             name,

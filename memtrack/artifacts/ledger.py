@@ -22,7 +22,9 @@ CREATE TABLE IF NOT EXISTS blocks (
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS blocks_by_pack ON blocks (pack);
 CREATE INDEX IF NOT EXISTS blocks_by_base ON blocks (base) WHERE base IS NOT NULL;
-CREATE TABLE IF NOT EXISTS artifacts (number INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT UNIQUE, family TEXT);
+CREATE TABLE IF NOT EXISTS artifacts (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT UNIQUE, family TEXT, raw INTEGER, new INTEGER, is_laid INTEGER
+);
 CREATE TABLE IF NOT EXISTS files (
     name TEXT, is_new INTEGER, path TEXT, original TEXT, PRIMARY KEY (name, is_new, path)
 );
@@ -156,7 +158,8 @@ class Ledger:
     def earlier(self, name: str, family: str) -> str | None:
         """The artifact to tell the difference to: the last of this name, else the newest of the family."""
         row = self._db.execute(
-            "SELECT name FROM artifacts WHERE name = ? OR family = ? ORDER BY name = ? DESC, number DESC LIMIT 1",
+            "SELECT name FROM artifacts WHERE is_laid AND (name = ? OR family = ?)"
+            " ORDER BY name = ? DESC, number DESC LIMIT 1",
             (name, family, name),
         ).fetchone()
         return None if row is None else row[0]
@@ -184,24 +187,45 @@ class Ledger:
                 "INSERT OR REPLACE INTO laid VALUES (?, 1, ?, ?, ?, ?, ?)", ((name, *row) for row in rows)
             )
 
-    def commit(self, name: str, family: str, originals: Iterable[tuple[str, str]]) -> None:
-        """The artifact is stored: the newest of its family from now on. ``originals``: path in it, and where it was."""
+    def commit(
+        self, name: str, family: str, originals: Iterable[tuple[str, str]], raw_bytes: int = 0, new_bytes: int = 0
+    ) -> None:
+        """The artifact is stored: the newest of its family from now on.
+
+        ``originals``: path in it, and where it was. ``new_bytes``: what its blocks come to that were not there before.
+        """
         with self._db:
             self._db.execute("BEGIN")
             self._db.executemany(
                 "INSERT OR REPLACE INTO files VALUES (?, 1, ?, ?)", ((name, *row) for row in originals)
             )
             self._db.execute("DELETE FROM artifacts WHERE name = ?", (name,))
-            self._db.execute("INSERT INTO artifacts (name, family) VALUES (?, ?)", (name, family))
+            self._db.execute(
+                "INSERT INTO artifacts (name, family, raw, new, is_laid) VALUES (?, ?, ?, ?, 1)",
+                (name, family, raw_bytes, new_bytes),
+            )
             old = self._db.execute(
-                "SELECT name FROM artifacts WHERE family = ? ORDER BY number DESC LIMIT -1 OFFSET ?",
+                "SELECT name FROM artifacts WHERE is_laid AND family = ? ORDER BY number DESC LIMIT -1 OFFSET ?",
                 (family, REMEMBERED),
             ).fetchall()
             for (one,) in old:
-                self._db.execute("DELETE FROM artifacts WHERE name = ?", (one,))
+                self._db.execute("UPDATE artifacts SET is_laid = 0 WHERE name = ?", (one,))
             for table in ("laid", "files"):
                 self._db.executemany(f"DELETE FROM {table} WHERE name = ? AND is_new = 0", [*old, (name,)])
                 self._db.execute(f"UPDATE {table} SET is_new = 0 WHERE name = ?", (name,))
+
+    # -- what there is ------------------------------------------------------------------------------------------------
+
+    def artifacts(self) -> list[tuple[str, int, int]]:
+        """The artifacts in the order of their storing: name, bytes, and what was new of it as it is stored."""
+        return list(self._db.execute("SELECT name, raw, new FROM artifacts ORDER BY number"))
+
+    def forget(self, name: str) -> None:
+        """The artifact has been deleted."""
+        with self._db:
+            self._db.execute("BEGIN")
+            for table in ("artifacts", "laid", "files"):
+                self._db.execute(f"DELETE FROM {table} WHERE name = ?", (name,))
 
 
 def _lock(path: str) -> int:

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from memtrack import config, registry
-from memtrack.artifacts.pending import note
+from memtrack.artifacts.pending import note, state_folder
 from memtrack.artifacts.save import save
 from memtrack.artifacts.store import ROOT, FolderStore, checked
 from memtrack.artifacts.upload import Upload, warn
@@ -32,10 +32,9 @@ if TYPE_CHECKING:
 
 COMPRESS = ("auto", "max", "off")
 BASES = ("auto", "off")
-RESERVED = ("packs", "restore.py")
+RESERVED = ("packs", "README.md", "restore.py")
 """What stands beside the artifacts in a run."""
 NEEDS = ("numpy", "zstandard")
-MAX_FOLDER_NAME = 120
 FICLONE = 0x40049409
 CACHE_BYTES = 1 << 30
 """Packs that are kept beside the recordings, of each run, when they are stored."""
@@ -144,11 +143,11 @@ def _log(
     if path is not None:
         path = os.path.abspath(path)
         _check(path)
-    top = os.path.join(config.make_directory(settings), "artifacts")
-    store = _store(to, top)
+    directory = config.make_directory(settings)
+    store = _store(to, directory)
     cache_bytes = _cache_bytes()
     upload = Upload(name, store.source(name))
-    place = os.path.join(top, _folder_name(store.key))
+    place = state_folder(directory, store.key)
     held = os.path.join(place, "held", f"job-{os.urandom(8).hex()}")
     try:
         os.makedirs(held, 0o700)
@@ -169,6 +168,7 @@ def _log(
             held=held,
             sources=sources,
             stored=None,
+            source=store.source(name),
             note=_text(name, store),
             path=[entry for entry in sys.path if entry],
         )
@@ -186,7 +186,7 @@ def _log(
     return upload
 
 
-def _store(to: str | os.PathLike[str] | None, top: str) -> Store:
+def _store(to: str | os.PathLike[str] | None, directory: str) -> Store:
     """Where to. Raises ArtifactError if a tracker is named that has no run."""
     if to is None or to in registry.STORES:
         for active in registry.load_active_stores(to):
@@ -197,7 +197,7 @@ def _store(to: str | os.PathLike[str] | None, top: str) -> Store:
             raise ArtifactError(
                 f"to={to!r}: no run of it is active in this process. Start one first, or give a folder."
             )
-        return FolderStore(os.path.join(top, "local"), link=True)
+        return FolderStore(os.path.join(directory, "artifacts", "local"), link=True)
     if not isinstance(to, (str, os.PathLike)) or not os.fspath(to):
         raise SettingsError("to", to, f"give {', '.join(map(repr, registry.STORES))}, or a folder")
     return FolderStore(os.fspath(to), link=True)
@@ -295,16 +295,6 @@ def _clone(path: str, place: str) -> bool:
 def _cache_bytes() -> int:
     text = os.environ.get("MEMTRACK_ARTIFACT_CACHE") or CACHE_BYTES
     return 0 if text == "0" else config.size_bytes("MEMTRACK_ARTIFACT_CACHE", text)
-
-
-def _folder_name(key: str) -> str:
-    """A name for the folder of a store, by which no other store goes, and that any file system takes."""
-    name = re.sub(r"[^A-Za-z0-9_.-]", lambda found: f"%{ord(found[0]):02X}", key)
-    if len(name) > MAX_FOLDER_NAME:
-        from hashlib import sha256  # it brings OpenSSL, 4 MiB
-
-        name = f"{name[:40]}-{sha256(key.encode()).hexdigest()[:24]}"
-    return name
 
 
 def _text(name: str, store: Store) -> str:

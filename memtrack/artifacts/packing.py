@@ -64,6 +64,9 @@ class Packed(NamedTuple):
     """Ids of all that it needs, earlier ones included."""
     is_plain: bool
     """Whether ``zstd -dc`` of the packs is the file."""
+    raw_bytes: int
+    new_bytes: int
+    """Of its files, and of what was not stored before, as it is stored."""
     has_numbers: bool
     """Whether the next artifact can be told as a difference to this one."""
     changed: list[str]
@@ -153,7 +156,7 @@ class Packer:
             "name": self._name,
             "step": step,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "raw_bytes": sum(file["size"] for file in files),
+            "raw_bytes": (raw_bytes := sum(file["size"] for file in files)),
             "new_bytes": self._stored,
             "files": files,
             "packs": [[pack, sizes[pack]] for pack in order],
@@ -161,7 +164,7 @@ class Packer:
         plain = f"\nOr: zstd -dc {' '.join(f'memtrack/packs/{pack}.mtz' for pack in self._packs)}" if is_plain else ""
         written = write_manifest(os.path.join(self._folder, f"manifest-{os.getpid()}.part"), table, note(plain))
         has_numbers = any(file["layout"] != "bytes" for file in files)
-        return Packed(written, order, is_plain, has_numbers, self._changed)
+        return Packed(written, order, is_plain, raw_bytes, self._stored, has_numbers, self._changed)
 
     # -- a file -------------------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import re
 import shutil
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,6 +15,20 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 JOBS = "jobs"
+MAX_NAME = 120
+
+
+def state_folder(directory: str, key: str) -> str:
+    """Where, in the folder of the recordings, it is kept what is known of the store with this key.
+
+    No other store goes by the same name, and any file system takes it.
+    """
+    name = re.sub(r"[^A-Za-z0-9_.-]", lambda found: f"%{ord(found[0]):02X}", key)
+    if len(name) > MAX_NAME:
+        from hashlib import sha256  # it brings OpenSSL, 4 MiB
+
+        name = f"{name[:40]}-{sha256(key.encode()).hexdigest()[:24]}"
+    return os.path.join(directory, "artifacts", name)
 
 
 class Pending:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 RESTORE = f"{ROOT}/restore.py"
+OVERVIEW = f"{ROOT}/README.md"
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 """Between two attempts."""
 SILENT_S = 2.0
@@ -235,7 +236,8 @@ class Uploader:
             elif "manifest" in said:
                 self._commit(task, said)
                 _answer(worker, "committed")
-                worker.stdout.read()
+            elif "overview" in said:
+                self._put_overview(task, said["overview"])
                 return
             else:
                 raise _Wrong(said["error"], again=said["again"])
@@ -243,6 +245,14 @@ class Uploader:
 
     def _put(self, task: Task, said: dict[str, Any]) -> None:
         self._patiently(task, lambda: task.store.put(said["path"], f"{PACKS}{said['pack']}.mtz", said["md5"]))
+
+    def _put_overview(self, task: Task, path: str) -> None:
+        """Let people see what there is, where a tracker shows a text; the artifacts can do without."""
+        if not task.store.keeps_files:
+            try:
+                task.store.put(path, OVERVIEW, "")
+            except MemtrackError:
+                return
 
     def _commit(self, task: Task, said: dict[str, Any]) -> None:
         packs = {f"{PACKS}{pack}.mtz": Pack(*row) for pack, row in said["packs"].items()}

@@ -15,6 +15,8 @@ from memtrack.artifacts.packing import Packer, Progress, Source
 if TYPE_CHECKING:
     from memtrack.artifacts.worker import Job, _Line
 
+SHOWN = 200
+"""Artifacts in the text on what there is."""
 AHEAD = 2
 """Packs that are made and not stored yet: what a slow network lets pile up on the disk."""
 
@@ -68,10 +70,15 @@ class _Work:
             changed=packed.changed,
         )
         self._hear("committed")
-        ledger.commit(job.name, job.family, ((path, original) for path, _, _, original, *_ in job.sources))
+        originals = ((path, original) for path, _, _, original, *_ in job.sources)
+        ledger.commit(job.name, job.family, originals, packed.raw_bytes, packed.new_bytes)
         if os.path.exists(packed.manifest.path):
             os.unlink(packed.manifest.path)
         self._hold(is_base=job.use_base and packed.has_numbers)
+        path = os.path.join(job.state, "README.md")
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(overview(ledger.artifacts(), job.source.removesuffix(job.name)))
+        self._line.say(overview=path)
 
     def _on_pack(self, pack: str) -> None:
         while len(self._waiting) >= AHEAD:
@@ -124,6 +131,31 @@ class _Work:
 
     def _open(self, pack: str) -> BinaryIO:
         return open(self._path_of(pack), "rb", buffering=0)
+
+
+def overview(artifacts: list[tuple[str, int, int]], source: str) -> str:
+    """A text in Markdown on what there is, as trackers show it; ``source`` is what sources begin with."""
+    raw, new = sum(one[1] for one in artifacts), sum(one[2] for one in artifacts)
+    shown = artifacts if len(artifacts) <= SHOWN else artifacts[-SHOWN:]
+    left_out = f"The newest {SHOWN} of {len(artifacts)}. " if len(shown) < len(artifacts) else ""
+    rows = [*((f"`{name}`", of, came) for name, of, came in shown), (f"all {len(artifacts)}", raw, new)]
+    table = "\n".join(
+        f"| {name} | {raw / 1e6:.1f} | {new / 1e6:.1f} | {raw / max(new, 1):.2f} |" for name, raw, new in rows
+    )
+    return f"""# Artifacts
+
+Stored by memtrack, compressed and without what was there already. To restore one, byte for byte:
+
+    memtrack restore {source}NAME
+
+Without memtrack, with Python, numpy and a zstd, in a copy of this folder: `python restore.py NAME.mtz --to FOLDER`
+
+{left_out}Sizes are in MB, of the files and of what was new in them as it is stored.
+
+| artifact | size | new, as stored | times smaller |
+|---|---:|---:|---:|
+{table}
+"""
 
 
 def held_folder(state: str, family: str) -> str:

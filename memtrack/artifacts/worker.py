@@ -6,6 +6,7 @@ It answers with a JSON object a line:
     {"progress": [done, total, stored]}            bytes
     {"pack": id, "path": …, "size": …, "md5": …}    to be stored; at most two are on their way
     {"manifest": path, "md5": …, "packs": {id: [size, md5, path]}, "plain": …, "changed": […]}     to be stored last
+    {"overview": path}                             a text on all artifacts, which is not waited for
     {"error": text, "again": whether trying again may help}
 
 and is answered ``stored ID`` and, in the end, ``committed``. When nobody listens any more it stops; what it has packed
@@ -48,6 +49,8 @@ class Job(NamedTuple):
     """Path in the artifact, where to read it, mode, where it was, its size, and when it was written to last."""
     stored: dict[str, int] | None
     """The packs that the store has, with their sizes; None if it was not asked."""
+    source: str
+    """What it is restored by."""
     note: str
     """The text at the head of the manifest."""
     path: list[str]

@@ -81,6 +81,23 @@ def test_files_come_back_as_they_were(tmp_path):
     assert current().pending() == []
 
 
+def test_the_run_has_a_text_on_what_there_is():
+    for step in (1, 2):
+        np.save("m.npy", weights(1 << 18, step))
+        assert memtrack.log_checkpoint("m.npy", step=step, name="model", to="store").wait(60)
+    assert current().finish(60)
+    text = Path("store/memtrack/README.md").read_text()
+    assert "| `model/step-00000001` | 1.0 | 0.9 | 1.20 |\n| `model/step-00000002` | 1.0 | 0.9 | 1.2" in text
+    assert "| all 2 | 2.1 | 1.7 | 1.2" in text
+    assert f"memtrack restore {os.getcwd()}/store/NAME" in text
+    memtrack.delete_checkpoint("store/model/step-00000002")
+    assert not os.path.exists("store/memtrack/README.md")
+    assert memtrack.log_checkpoint("m.npy", step=3, name="model", to="store").wait(60)
+    while not os.path.exists("store/memtrack/README.md"):
+        time.sleep(0.01)
+    assert "step-00000002" not in Path("store/memtrack/README.md").read_text()
+
+
 def test_a_folder_and_one_file_of_it():
     Path("data/deep").mkdir(parents=True)
     Path("data/a.csv").write_text("".join(rows(1000)))
