@@ -230,7 +230,6 @@ report(spikes=spikes, summary=str(memtrack.monitor.active.monitor.summary()), en
 )
 
 
-@pytest.mark.timeout(200)
 def test_a_minute_of_outage_with_a_small_recording(trainings, mlflow_server, fault):
     """1200 windows go through a recording that has room for 139: resolution falls, every spike is in MLflow."""
     case = trainings["minute"]

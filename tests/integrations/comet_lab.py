@@ -129,7 +129,7 @@ def comet_offline(*paths):
         env=environment(**QUIET),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=True,
     )
     assert "Error in processing" not in done.stderr

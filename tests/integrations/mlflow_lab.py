@@ -113,7 +113,7 @@ def mlflow_template(tmp_path_factory):
         env=environment(),
         check=True,
         capture_output=True,
-        timeout=110,
+        timeout=200,
     )
     return path
 
@@ -180,7 +180,7 @@ class Server(Store):
                 stderr=log,
                 start_new_session=True,
             )
-        deadline = time.monotonic() + 100
+        deadline = time.monotonic() + 200
         while time.monotonic() < deadline and self._process.poll() is None:
             if self.healthy():
                 return
@@ -387,7 +387,7 @@ class Script:
                 stderr=err,
             )
 
-    def wait_for(self, word, timeout=90):
+    def wait_for(self, word, timeout=200):
         """Wait until the script has printed a line that begins with ``word``; the rest of that line."""
         deadline = time.monotonic() + timeout
         ended = False
@@ -399,7 +399,7 @@ class Script:
             time.sleep(0.02)
         raise AssertionError(f"the script did not print {word!r}; stderr:\n{self._err.read_text()}")
 
-    def finish(self, timeout=90, check=True):
+    def finish(self, timeout=200, check=True):
         """Wait for the script's end."""
         try:
             self.process.wait(timeout)
@@ -422,7 +422,7 @@ def scripts(tmp_path):
     folder.mkdir(mode=0o700)
     started: list[Script] = []
 
-    def run(source, store=None, *, wait=True, check=True, timeout=90, **env):
+    def run(source, store=None, *, wait=True, check=True, timeout=200, **env):
         path = tmp_path / f"train{len(started)}.py"
         path.write_text(HEADER + source)
         uri = {} if store is None else {"MLFLOW_TRACKING_URI": store.uri}

@@ -216,6 +216,6 @@ def test_import_leaves_the_choice_of_the_backend(tmp_path):
         "assert 'keras' not in sys.modules\n"
     )
     env = environment(MEMTRACK_DIR=str(tmp_path))
-    done = subprocess.run([sys.executable, "-c", source], env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", source], env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert os.listdir(tmp_path)

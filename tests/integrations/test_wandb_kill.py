@@ -27,7 +27,6 @@ for step in range(1000):
 KILLS = {"the agent delivers": (9.0, False), "the agent is killed, too; memtrack sync delivers": (28.0, True)}
 
 
-@pytest.mark.timeout(150)
 def test_kill_of_an_offline_run(tmp_path, fault):
     """After 9 s, when W&B has saved nothing, and after 28 s, when it has saved the first half: after the kill the run
     has every window up to then, once, and the verdict, in a second folder which says that it goes on with the run."""

@@ -111,7 +111,7 @@ def inspect(path):
         [core, "leet", "inspect", "--no-observability", "--json", "--run-file", str(file), str(file.parent.parent)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

@@ -98,7 +98,6 @@ def check_windows(path, died_ns):
 
 
 @pytest.mark.alone
-@pytest.mark.timeout(180)
 @pytest.mark.parametrize("agent_too", [False, True], ids=["trainer", "trainer and agent"])
 @pytest.mark.parametrize("kills", [60, pytest.param(300, marks=pytest.mark.slow)])
 def test_kill_at_random_moments(tmp_path, kills, agent_too, fault):

@@ -104,7 +104,6 @@ def test_forked_workers_share_their_pages(run_child, tools):
     child.communicate("xxxxx", timeout=20)
 
 
-@pytest.mark.timeout(90)
 def test_spawned_workers(run_child, tools):
     """Four workers with 300 MiB of their own: PSS and the sum of RSS agree; when they end, they are gone."""
     child = run_child(SPAWNED)
