@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import struct
+from hashlib import sha256
 from pathlib import Path
+from shutil import copy, copytree
 
 import numpy as np
+import zstandard
 
 from memtrack.artifacts.base import Earlier
 from memtrack.artifacts.packing import Packer, Source, state_of
-from memtrack.artifacts.reading import Artifact
+from memtrack.artifacts.reading import END, HEAD, MARK, TABLE, TRAILER, Artifact, read_table
 
 
 def weights(count, seed=0):
@@ -105,6 +108,80 @@ class Shelf:
 
     def bytes_of(self, packs):
         return sum((self.folder / f"{pack}.mtz").stat().st_size for pack in packs)
+
+
+class Forged:
+    """A folder with artifacts in which anything can be changed, and is well-formed again afterwards."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self.packs = self.folder / "memtrack" / "packs"
+
+    @classmethod
+    def of(cls, shelf, folder):
+        """What a shelf has, as a store that is a folder has it."""
+        forged = cls(folder)
+        forged.packs.mkdir(parents=True)
+        for path in shelf.folder.iterdir():
+            manifest = forged.folder / "memtrack" / f"{path.stem}.mtz"
+            manifest.write_bytes(path.read_bytes()) if path.suffix == ".manifest" else copy(path, forged.packs)
+        return forged
+
+    def copy(self, folder):
+        """Another one like it."""
+        copytree(self.folder, folder)
+        return Forged(folder)
+
+    def manifest(self, name="data"):
+        """Where the manifest of an artifact is."""
+        return self.folder / "memtrack" / f"{name}.mtz"
+
+    def packs_of(self, name="data"):
+        """The packs that a manifest lists."""
+        with open(self.manifest(name), "rb") as file:
+            return [self.packs / f"{pack}.mtz" for pack, _ in read_table(file)[0]["packs"]]
+
+    def change(self, path, change):
+        """Change the table of a pack or a manifest, which ``change`` gets; manifests know how large a pack is then."""
+        with open(path, "rb") as file:
+            table, end = read_table(file)
+        change(table)
+        write_container(path, path.read_bytes()[:end], table)
+        if path.parent == self.packs:
+            size = path.stat().st_size
+            for one in self.folder.glob("memtrack/*.mtz"):
+                self.change(
+                    one, lambda table: [row.__setitem__(1, size) for row in table["packs"] if row[0] == path.stem]
+                )
+
+    def add_pack(self, blocks, *, pack="f" * 24):
+        """Write a pack: rows of its table without the lengths of frames, each with its frames. Gives id and size."""
+        rows = [[coding, size, digest, [*map(len, frames)], base] for coding, size, digest, frames, base in blocks]
+        content = b"".join(frame for *_, frames, _ in blocks for frame in frames)
+        path = self.packs / f"{pack}.mtz"
+        write_container(path, content, {"memtrack": "pack", "version": 1, "offset": 0, "blocks": rows})
+        return [pack, path.stat().st_size]
+
+    def add_artifact(self, files, packs, name="data"):
+        """Write a manifest. ``files``: path, size, digest, ranges."""
+        rows = [
+            {"path": path, "size": size, "digest": digest, "blocks": ranges} for path, size, digest, ranges in files
+        ]
+        table = {"memtrack": "artifact", "version": 1, "files": rows, "packs": packs}
+        write_container(self.manifest(name), b"", table)
+
+
+def write_container(path, content, table):
+    """Write a container by its specification; ``table`` may be text that is no JSON."""
+    text = table if isinstance(table, bytes) else json.dumps(table, separators=(",", ":")).encode()
+    frame = zstandard.ZstdCompressor(level=9).compress(text)
+    end = END.pack(TRAILER, END.size - HEAD.size, len(content), MARK)
+    path.write_bytes(content + HEAD.pack(TABLE, len(frame)) + frame + end)
+
+
+def digest_of(*blocks):
+    """The digest of a file that consists of these blocks."""
+    return sha256(b"".join(sha256(block).digest() for block in blocks)).hexdigest()
 
 
 def sources_of(path):

@@ -69,7 +69,8 @@ class _Container:
 
     def _finish(self, table: dict[str, Any]) -> Written:
         text = json.dumps(table, separators=(",", ":")).encode()
-        frame, at = zstandard.ZstdCompressor(level=9).compress(text), self.size
+        # blocks have digests; nothing else would tell that a name is not what it was
+        frame, at = zstandard.ZstdCompressor(level=9, write_checksum=True).compress(text), self.size
         if len(text) > most_text(len(frame)) or items_of(text) > MAX_ITEMS:
             raise ValueError("it has more files or blocks than one artifact can: store it in parts")
         self._write(HEAD.pack(TABLE, len(frame)) + frame)

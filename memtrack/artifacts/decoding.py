@@ -115,6 +115,8 @@ def decompress(frame: bytes, size: int) -> bytes:
         raise Damaged("a frame has another size than the table says")
     try:
         found = _decompress(frame, size)
+    except MemoryError:
+        raise
     except Exception as exc:
         raise Damaged(f"a frame cannot be decompressed ({exc})") from exc
     if len(found) != size:

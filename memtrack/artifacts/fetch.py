@@ -246,7 +246,9 @@ def _chosen(artifact: Artifact, file: str | None) -> list[File]:
     if file is None:
         return list(artifact.files.values())
     if file not in artifact.files:
-        there = sorted(artifact.files)
+        from memtrack.artifacts.reading import shown
+
+        there = sorted(shown(one[:200]) for one in artifact.files)
         more = f" and {len(there) - 20} more" if len(there) > 20 else ""
         raise ArtifactNotFoundError(f"there is no file {file!r} in it; there are: {', '.join(there[:20])}{more}")
     return [artifact.files[file]]
@@ -266,6 +268,7 @@ def _check_size(size: int, max_bytes: int | None, to: str) -> None:
 def _restore_files(
     artifact: Artifact, files: list[File], to: str, on_progress: Callable[[int, int], None] | None
 ) -> str:
+    from memtrack.artifacts.reading import shown
     from memtrack.artifacts.restore import restore_file
 
     total, done = sum(one.size for one in files), 0
@@ -282,7 +285,7 @@ def _restore_files(
         try:
             path = _translated(partial(restore_file, artifact, one, to, on_bytes))
         except ArtifactFormatError as exc:
-            errors.append(f"{one.path}: {exc}" if len(errors) < MAX_TOLD else "")
+            errors.append(f"{shown(one.path[:200])}: {exc}" if len(errors) < MAX_TOLD else "")
     if errors:
         more = f"; and {len(errors) - MAX_TOLD} more are damaged" if len(errors) > MAX_TOLD else ""
         raise ArtifactFormatError("; ".join(errors[:MAX_TOLD]) + more)
@@ -292,6 +295,7 @@ def _restore_files(
 def _translated(call: Callable[[], Found]) -> Found:
     """What restore.py raises, which knows nothing of memtrack, as errors of memtrack's."""
     from memtrack.artifacts.decoding import Damaged
+    from memtrack.artifacts.reading import shown
 
     try:
         return call()
@@ -303,5 +307,5 @@ def _translated(call: Callable[[], Found]) -> Found:
         raise MissingDependencyError("restoring artifacts", "artifacts") from exc
     except OSError as exc:
         raise ArtifactError(
-            f"cannot restore it: {exc.strerror or exc}{f': {exc.filename}' if exc.filename else ''}"
+            f"cannot restore it: {exc.strerror or exc}{f': {shown(str(exc.filename))}' if exc.filename else ''}"
         ) from exc

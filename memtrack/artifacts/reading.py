@@ -109,9 +109,14 @@ def _refuse(number: str) -> NoReturn:
     raise Damaged(f"its table has {number[:20]} for a number")
 
 
+def shown(name: str) -> str:
+    """A name as it can be printed anywhere, on one line."""
+    return name if name.isprintable() else ascii(name)
+
+
 def _told(value: Any) -> str:
     """A value of a stranger's, to be printed."""
-    return repr(value)[:70] if isinstance(value, (str, int)) or value is None else f"a {type(value).__name__}"
+    return ascii(value)[:70] if isinstance(value, (str, int)) or value is None else f"a {type(value).__name__}"
 
 
 def _whole(value: Any, most: int = 1 << 62, least: int = 0) -> int:
@@ -386,7 +391,8 @@ class Artifact:
         lost = self._lost_with.get(number)
         if not lost:
             return "; what is told as a difference to it is lost"
-        return f"; lost with it: {', '.join(lost[:10])}{f' and {len(lost) - 10} more' if len(lost) > 10 else ''}"
+        more = f" and {len(lost) - 10} more" if len(lost) > 10 else ""
+        return f"; lost with it: {', '.join(shown(path[:200]) for path in lost[:10])}{more}"
 
 
 def is_safe(path: Any) -> TypeGuard[str]:

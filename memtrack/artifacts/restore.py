@@ -19,7 +19,7 @@ import tempfile
 from typing import TYPE_CHECKING
 
 from memtrack.artifacts.decoding import Damaged
-from memtrack.artifacts.reading import Artifact, File
+from memtrack.artifacts.reading import Artifact, File, shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,7 +34,7 @@ def restore_file(artifact: Artifact, file: File, folder: str, on_bytes: Callable
     place = os.path.dirname(path) or "."
     inside = os.path.join(os.path.realpath(folder), "")
     if not os.path.join(os.path.realpath(place), "").startswith(inside):
-        raise Damaged(f"{file.path} would be outside of {folder}: a link there leads out of it")
+        raise Damaged(f"{shown(file.path)} would be outside of {folder}: a link there leads out of it")
     if os.path.isdir(path) and not os.path.islink(path):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
     os.makedirs(place, exist_ok=True)
@@ -48,7 +48,7 @@ def restore_file(artifact: Artifact, file: File, folder: str, on_bytes: Callable
                 if on_bytes is not None:
                     on_bytes(len(block))
             if artifact.digest(file) != file.digest:
-                raise Damaged(f"{file.path} is not what it was: its blocks are others")
+                raise Damaged(f"{shown(file.path)} is not what it was: its blocks are others")
             os.fsync(out.fileno())
         os.chmod(part, file.mode)
         os.replace(part, path)
@@ -84,9 +84,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="say what there is")
     options = parser.parse_args(arguments)
     packs = options.packs or find_packs(options.manifest)
-    for stream in (sys.stdout, sys.stderr):  # a name may have characters that the terminal cannot show
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    if hasattr(sys.stdout, "reconfigure"):  # a name may have characters that the terminal has not
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with open(options.manifest, "rb") as manifest:
             artifact = Artifact(manifest, lambda pack: open(os.path.join(packs, f"{pack}.mtz"), "rb"))  # noqa: SIM115
@@ -99,17 +98,17 @@ def main(arguments: list[str] | None = None) -> int:
         status = 0
         for file in files:
             if options.list:
-                print(f"{file.size:>15,}  {file.path}")
+                print(f"{file.size:>15,}  {shown(file.path)}")
                 continue
             try:
-                print(restore_file(artifact, file, options.to))
+                print(shown(restore_file(artifact, file, options.to)))
             except Damaged as exc:
-                print(f"{file.path}: {exc}", file=sys.stderr)
+                print(f"{shown(file.path)}: {exc}", file=sys.stderr)
                 status = 1
         artifact.close()
         return status
     except (Damaged, OSError, ImportError) as exc:
-        print(exc, file=sys.stderr)
+        print(shown(str(exc)), file=sys.stderr)
         return 1
 
 

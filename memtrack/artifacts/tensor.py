@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from memtrack.artifacts.layouts import tensors_of
 from memtrack.artifacts.layouts.parts import DTYPE_OF
-from memtrack.artifacts.reading import is_safe
+from memtrack.artifacts.reading import is_safe, shown
 from memtrack.errors import ArtifactError, ArtifactNotFoundError
 
 if TYPE_CHECKING:
@@ -84,9 +84,11 @@ def restore_tensor(artifact: Artifact, files: list[File], name: str, to: str, ch
                 stored.seek(tensor.offset)
                 return _write(stored, tensor, os.path.basename(file.path) if name == "" else name, to)
     there = (
-        f"there are: {', '.join(known[:20])}{' …' if len(known) > 20 else ''}" if known else "it has none that is known"
+        f"there are: {', '.join(shown(one[:80]) for one in known[:20])}{' …' if len(known) > 20 else ''}"
+        if known
+        else "it has none that is known"
     )
-    raise ArtifactNotFoundError(f"there is no tensor {name!r} in it; {there}")
+    raise ArtifactNotFoundError(f"there is no tensor {name[:200]!r} in it; {there}")
 
 
 def _write(stored: io.BufferedReader[io.RawIOBase], tensor: Tensor, name: str, to: str) -> str:
