@@ -26,10 +26,10 @@ CREATE TABLE IF NOT EXISTS artifacts (
     number INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT UNIQUE, family TEXT, raw INTEGER, new INTEGER, is_laid INTEGER
 );
 CREATE TABLE IF NOT EXISTS files (
-    name TEXT, is_new INTEGER, path TEXT, original TEXT, PRIMARY KEY (name, is_new, path)
+    name TEXT, is_new INTEGER, path BLOB, original BLOB, PRIMARY KEY (name, is_new, path)
 );
 CREATE TABLE IF NOT EXISTS laid (
-    name TEXT, is_new INTEGER, key TEXT, number INTEGER, digest BLOB, path TEXT, offset INTEGER,
+    name TEXT, is_new INTEGER, key BLOB, number INTEGER, digest BLOB, path BLOB, offset INTEGER,
     PRIMARY KEY (name, is_new, key, number)
 ) WITHOUT ROWID;
 """
@@ -41,6 +41,8 @@ DELETE FROM blocks WHERE digest IN (
 )
 """
 _CACHE_KIB = 1024
+_ANY = "utf-8", "surrogatepass"
+"""Names of files need not be text, and those of tensors may be half a character: SQLite would not take them as text."""
 REMEMBERED = 16
 """Artifacts of a family whose blocks can be told differences to: as many may be shards of one checkpoint."""
 
@@ -168,23 +170,24 @@ class Ledger:
         """The block that was at a place in an artifact."""
         row = self._db.execute(
             "SELECT digest, path, offset FROM laid WHERE name = ? AND is_new = 0 AND key = ? AND number = ?",
-            (name, key, number),
+            (name, _blob(key), number),
         ).fetchone()
-        return None if row is None else Laid(*row)
+        return None if row is None else Laid(row[0], row[1].decode(*_ANY), row[2])
 
     def original(self, name: str, path: str) -> str:
         """Where the file of an artifact was when it was stored; "" if that is not known."""
         row = self._db.execute(
-            "SELECT original FROM files WHERE name = ? AND is_new = 0 AND path = ?", (name, path)
+            "SELECT original FROM files WHERE name = ? AND is_new = 0 AND path = ?", (name, _blob(path))
         ).fetchone()
-        return "" if row is None else row[0]
+        return "" if row is None else row[0].decode(*_ANY)
 
     def lay(self, name: str, rows: Iterable[tuple[str, int, bytes, str, int]]) -> None:
         """Note where blocks are in the artifact that is being stored: key, number, digest, path, offset."""
         with self._db:
             self._db.execute("BEGIN")
             self._db.executemany(
-                "INSERT OR REPLACE INTO laid VALUES (?, 1, ?, ?, ?, ?, ?)", ((name, *row) for row in rows)
+                "INSERT OR REPLACE INTO laid VALUES (?, 1, ?, ?, ?, ?, ?)",
+                ((name, _blob(key), number, digest, _blob(path), at) for key, number, digest, path, at in rows),
             )
 
     def commit(
@@ -197,7 +200,7 @@ class Ledger:
         with self._db:
             self._db.execute("BEGIN")
             self._db.executemany(
-                "INSERT OR REPLACE INTO files VALUES (?, 1, ?, ?)", ((name, *row) for row in originals)
+                "INSERT OR REPLACE INTO files VALUES (?, 1, ?, ?)", ((name, *map(_blob, row)) for row in originals)
             )
             self._db.execute("DELETE FROM artifacts WHERE name = ?", (name,))
             self._db.execute(
@@ -226,6 +229,10 @@ class Ledger:
             self._db.execute("BEGIN")
             for table in ("artifacts", "laid", "files"):
                 self._db.execute(f"DELETE FROM {table} WHERE name = ?", (name,))
+
+
+def _blob(text: str) -> bytes:
+    return text.encode(*_ANY)
 
 
 def _lock(path: str) -> int:

@@ -183,6 +183,28 @@ def test_a_folder_with_empty_and_small_files(shelf, tmp_path):
     assert {file.mode for file in shelf.artifact("folder").files.values()} == {0o600}
 
 
+def test_names_that_are_no_text(shelf, tmp_path):
+    """Of files, which Linux takes, and of tensors, which JSON does."""
+    folder, model = tmp_path / "folder", weights(1 << 17)
+    folder.mkdir()
+    for step in range(2):
+        safetensors(folder / "m\udcff.safetensors", {"half \ud800": model})
+        shelf.pack(folder, f"model/{step}")
+        content = (folder / "m\udcff.safetensors").read_bytes()
+        assert shelf.content(f"model/{step}") == {"m\udcff.safetensors": content}
+        model = trained(model)
+    assert "delta" in codings(shelf, "model/1")
+
+
+def test_what_could_not_be_restored_is_refused(shelf, tmp_path):
+    """At once, before anything is packed."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "two\nlines").touch()
+    with pytest.raises(ValueError, match=r"'two\\nlines' is a name that may not be restored: rename the file"):
+        shelf.pack(tmp_path / "folder", "folder")
+    assert list(shelf.folder.iterdir()) == []
+
+
 @pytest.mark.parametrize("compress", ["auto", "max", "off"])
 def test_bytes_come_back_with_zstd_alone(shelf, tmp_path, compress):
     path = tmp_path / "rows.csv"
