@@ -248,7 +248,7 @@ def _render_parts(title: str, parts: Sequence[PartFigures], most: int = 100) -> 
             lines.append("    ...")
             continue
         growth = "" if part.growth_mib is None else f"{part.growth_mib:+.1f} MiB"
-        share = "" if part.limit_pct is None else f"   {part.limit_pct:5.1f} % of the limit"
+        share = "" if part.limit_pct is None else f"   {part.limit_pct:5.1f} % of the limit in use"
         lines.append(
             f"    {part.name:<{width}}  {part.seconds:7.1f} s   peak {size(part.peak_rss_mib):>10}"
             f" {f'({part.peak_label})':<9}   grew by {growth:>11}{share}"

@@ -24,7 +24,7 @@ class PartFigures(NamedTuple):
 
     def __str__(self) -> str:
         growth = "" if self.growth_mib is None else f", {self.growth_mib:+.1f} MiB"
-        share = "" if self.limit_pct is None else f", {self.limit_pct:.1f} % of the limit"
+        share = "" if self.limit_pct is None else f", {self.limit_pct:.1f} % of the limit in use"
         return f"{self.name}: {self.peak_rss_mib:.1f} MiB ({self.peak_label}){growth}{share}"
 
 

@@ -213,7 +213,7 @@ def test_parts_of_a_run(make_recording):
     assert second.epochs[0].limit_pct == pytest.approx(1.03)
     assert [(epoch.name, epoch.peak_label) for epoch in late.epochs] == [("1", "sampled"), ("2", "sampled")]
     assert [(epoch.name, epoch.growth_mib) for epoch in later.epochs] == [("2", 1.0)]
-    assert str(second.epochs[1]) == "1: 104.0 MiB (sampled), +1.0 MiB, 1.0 % of the limit"
+    assert str(second.epochs[1]) == "1: 104.0 MiB (sampled), +1.0 MiB, 1.0 % of the limit in use"
 
 
 def test_open_before_the_run(make_recording):
