@@ -13,6 +13,7 @@ import numpy as np
 import zstandard
 
 from memtrack.artifacts.base import Earlier
+from memtrack.artifacts.ledger import Ledger
 from memtrack.artifacts.packing import Packer, Source, state_of
 from memtrack.artifacts.reading import END, HEAD, MARK, TABLE, TRAILER, Artifact, read_table
 
@@ -169,6 +170,31 @@ class Forged:
         ]
         table = {"memtrack": "artifact", "version": 1, "files": rows, "packs": packs}
         write_container(self.manifest(name), b"", table)
+
+
+def forged_store(folder):
+    """A folder with an artifact, ``data``, of three files: one that is told as a difference to a pack of its own, one
+    that is empty. ``content``: what they are."""
+    ledger = Ledger(str(folder / "state"))
+    shelf, model = Shelf(ledger, folder / "packs"), weights(20_000)
+    (folder / "data" / "deep").mkdir(parents=True)
+    (folder / "data" / "rows.csv").write_text("".join(rows(3000)))
+    (folder / "data" / "empty").touch()
+    for part in (model, trained(model)):
+        np.save(folder / "data" / "deep" / "m.npy", part)
+        packed = shelf.pack(folder / "data", "data")
+    assert len(packed.packs) == 2
+    ledger.close()
+    forged = Forged.of(shelf, folder / "store")
+    forged.content = content(folder / "data")
+    return forged
+
+
+def content(folder):
+    """The bytes of all files below a folder."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()
+    }
 
 
 def write_container(path, content, table):

@@ -77,11 +77,16 @@ def _with_program(frame: bytes, size: int) -> bytes:
     with tempfile.TemporaryFile() as source:
         source.write(frame)
         source.seek(0)
-        with subprocess.Popen(["zstd", "-dcq"], stdin=source, stdout=subprocess.PIPE) as zstd:
+        with subprocess.Popen(
+            ["zstd", "-dcq"], stdin=source, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        ) as zstd:
             assert zstd.stdout is not None
             found = zstd.stdout.read(size + 1)
-            zstd.kill()
-            return found
+            if len(found) > size:
+                zstd.kill()
+    if zstd.returncode and len(found) <= size:
+        raise ValueError("zstd says so")
+    return found
 
 
 def _find_zstd() -> Decompress:

@@ -20,10 +20,9 @@ import zstandard
 import memtrack
 from memtrack.artifacts.codecs import stored
 from memtrack.artifacts.decoding import content_size
-from memtrack.artifacts.ledger import Ledger
 from memtrack.artifacts.reading import MAX_DEPTH, MAX_ENTRIES, read_table
 from memtrack.errors import ArtifactError, MissingDependencyError
-from tests.artifact_lab import Forged, Shelf, digest_of, rows, safetensors, trained, weights, write_container
+from tests.artifact_lab import content, digest_of, forged_store, safetensors, weights, write_container
 
 ROOT = Path(memtrack.__file__).parents[1]
 MIB = 1 << 20
@@ -31,21 +30,7 @@ MIB = 1 << 20
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Three files, one of them told as a difference to a pack of its own, and one that is empty."""
-    folder = tmp_path_factory.mktemp("whole")
-    ledger = Ledger(str(folder / "state"))
-    shelf, model = Shelf(ledger, folder / "packs"), weights(20_000)
-    (folder / "data" / "deep").mkdir(parents=True)
-    (folder / "data" / "rows.csv").write_text("".join(rows(3000)))
-    (folder / "data" / "empty").touch()
-    for part in (model, trained(model)):
-        np.save(folder / "data" / "deep" / "m.npy", part)
-        packed = shelf.pack(folder / "data", "data")
-    assert len(packed.packs) == 2
-    ledger.close()
-    forged = Forged.of(shelf, folder / "store")
-    forged.content = content(folder / "data")
-    return forged
+    return forged_store(tmp_path_factory.mktemp("whole"))
 
 
 @pytest.fixture
@@ -63,12 +48,6 @@ def _temporary(tmp_path, monkeypatch):
 def table_of(path):
     with open(path, "rb") as file:
         return read_table(file)[0]
-
-
-def content(folder):
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()
-    }
 
 
 def restored(forged, tmp_path, **options):
