@@ -77,11 +77,15 @@ endif
 soak: $(READY)  ## the slow tests: long runs, outages, many workers
 	@MPLBACKEND=Agg $(BIN)/python -m pytest -m slow --timeout=1800 $(PYTEST_ARGS)
 
-fuzz: $(VENV)/.fuzz  ## broken recordings, guided by coverage: 20 minutes, or FUZZ_SECONDS
-	@mkdir -p $(FUZZ_DIR)/tried
+fuzz: $(VENV)/.fuzz  ## broken recordings and artifacts, guided by coverage: 20 minutes each, or FUZZ_SECONDS
+	@mkdir -p $(FUZZ_DIR)/tried $(FUZZ_DIR)/tried-artifacts
 	@PYTHONPATH=.:integrations $(BIN)/python -m tests.fuzz.seeds $(FUZZ_DIR)/tried
 	@PYTHONPATH=.:integrations $(BIN)/python -m tests.fuzz.fuzz_recording $(FUZZ_DIR)/tried tests/fuzz/corpus \
 	  -max_total_time=$(FUZZ_SECONDS) -timeout=10 -rss_limit_mb=1024 -max_len=4096 \
+	  -artifact_prefix=$(FUZZ_DIR)/ -print_final_stats=1
+	@PYTHONPATH=.:integrations $(BIN)/python -m tests.fuzz.crate $(FUZZ_DIR)/tried-artifacts
+	@PYTHONPATH=.:integrations $(BIN)/python -m tests.fuzz.fuzz_artifacts $(FUZZ_DIR)/tried-artifacts \
+	  tests/fuzz/artifacts -max_total_time=$(FUZZ_SECONDS) -timeout=10 -rss_limit_mb=1024 -max_len=4096 \
 	  -artifact_prefix=$(FUZZ_DIR)/ -print_final_stats=1
 
 # atheris has wheels for CPython 3.11 to 3.13 on Linux only, so it is not part of `dev`.

@@ -172,16 +172,22 @@ class Forged:
         write_container(self.manifest(name), b"", table)
 
 
-def forged_store(folder):
-    """A folder with an artifact, ``data``, of three files: one that is told as a difference to a pack of its own, one
-    that is empty. ``content``: what they are."""
+def filled(folder, version):
+    """Write three files: one that is told as a difference to its version before, one that is empty."""
+    model = weights(20_000)
+    (folder / "deep").mkdir(exist_ok=True)
+    np.save(folder / "deep" / "m.npy", trained(model) if version else model)
+    (folder / "rows.csv").write_text("".join(rows(3000)))
+    (folder / "empty").touch()
+
+
+def forged_store(folder, fill=filled):
+    """A folder with the second version of an artifact, ``data``, in two packs. ``content``: what its files are."""
     ledger = Ledger(str(folder / "state"))
-    shelf, model = Shelf(ledger, folder / "packs"), weights(20_000)
-    (folder / "data" / "deep").mkdir(parents=True)
-    (folder / "data" / "rows.csv").write_text("".join(rows(3000)))
-    (folder / "data" / "empty").touch()
-    for part in (model, trained(model)):
-        np.save(folder / "data" / "deep" / "m.npy", part)
+    shelf = Shelf(ledger, folder / "packs")
+    (folder / "data").mkdir()
+    for version in range(2):
+        fill(folder / "data", version)
         packed = shelf.pack(folder / "data", "data")
     assert len(packed.packs) == 2
     ledger.close()

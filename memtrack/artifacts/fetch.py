@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TypeVar
 
 from memtrack import config, registry
-from memtrack.artifacts.store import PACKS, ROOT, FolderStore
+from memtrack.artifacts.store import PACKS, ROOT, FolderStore, _forget
 from memtrack.errors import (
     ArtifactError,
     ArtifactFormatError,
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 MAX_STORED = 80 << 20
 """Bytes of a pack or a manifest that is fetched: more than are written, so that room is left for later versions."""
+MAX_COPIES = 1 << 30
+"""Bytes on the disk of packs that have been fetched: as a rule they are needed one after the other."""
 MAX_TOLD = 5
 """Files that an error names."""
 
@@ -78,7 +80,8 @@ def restore(
         DeliveryError: The tracker does not answer.
         MissingDependencyError: numpy or zstandard, or the tracker's client, is not installed.
 
-    Takes some 10 MiB, whatever the size. Thread-safe.
+    Takes some 10 MiB, whatever the size, and 1 KiB for each file; of packs that have to be fetched up to 1 GiB lie
+    meanwhile in the folder for temporary files. Thread-safe.
     """
     to = os.fspath(to)
     with _opened(os.fspath(source)) as artifact:
@@ -167,6 +170,8 @@ class _opened:
             raise MissingDependencyError("restoring artifacts", "artifacts") from exc
         self._store, name = open_store(source)
         self._folder = tempfile.mkdtemp(prefix="memtrack-restore-")
+        self._copies: dict[str, int] = {}
+        """What has been fetched, and the bytes that it takes on the disk."""
         try:
             self._sizes = self._store.names()
             self.name = _full_name(self._store, self._sizes, name)
@@ -199,14 +204,16 @@ class _opened:
         if self._sizes.get(name, -1) > MAX_STORED:
             raise ArtifactFormatError(f"{name} in {self._store.key} is larger than any file of memtrack's")
         path = os.path.join(self._folder, name.replace("/", "-"))
-        if not os.path.exists(path):
+        size = self._copies.pop(path, 0)
+        if not size:
             self._store.get(name, path)
-        file = open(path, "rb")  # noqa: SIM115 - it stays open
-        try:
-            os.unlink(path)  # it takes no room once it is closed: there may be many
-        except OSError:  # Windows
-            pass
-        return file
+            size = os.path.getsize(path)
+        self._copies[path] = size  # the newest last: the oldest goes first
+        while sum(self._copies.values()) > MAX_COPIES and len(self._copies) > 1:
+            oldest = next(iter(self._copies))
+            del self._copies[oldest]
+            _forget(oldest)
+        return open(path, "rb")
 
 
 def _full_name(store: Store, known: dict[str, int], name: str) -> str:

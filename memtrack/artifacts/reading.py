@@ -11,6 +11,7 @@ import json
 import os
 import re
 import struct
+from array import array
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from memtrack.artifacts.decoding import Block, Damaged, Entry, content_size, decode, decompress
@@ -36,10 +37,13 @@ MAX_ITEMS = 1_000_000
 MAX_DEPTH = 64
 """Blocks that are restored one from the other; memtrack stops at 8."""
 MAX_OPEN = 16
-MAX_HELD = 2 * MAX_ENTRIES
-"""Packs that are held open, and what is known of blocks in them."""
+MAX_HELD = 8 * MAX_ENTRIES
+"""Packs that are held open, and blocks of which is held where they are."""
+PATIENCE = 30_000_000
+"""Blocks that are looked up again, because more packs are needed by turns than are held: some minutes."""
 SMALLEST = 64
 """Bytes of a block, on average over a file of more than a few."""
+HEX = re.compile("[0-9a-f]*")
 CODINGS = re.compile(r"(plain)|(planes|rotate|delta|idelta)([1248])")
 
 
@@ -126,7 +130,7 @@ def _whole(value: Any, most: int = 1 << 62, least: int = 0) -> int:
 
 
 def _hex(value: Any, length: int) -> str:
-    if not isinstance(value, str) or len(value) != length or not re.fullmatch("[0-9a-f]*", value):
+    if not isinstance(value, str) or len(value) != length or not HEX.fullmatch(value):
         raise Damaged(f"its table has {_told(value)} for a digest")
     return value
 
@@ -138,40 +142,72 @@ def _list(value: Any, length: int | None = None) -> list[Any]:
 
 
 class Pack:
-    """A pack that is open to read."""
+    """What is known of the blocks of a pack, by their number: eighty bytes for each. Raises Damaged."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self.file = file
         table, end = read_table(file)
         if table.get("memtrack") != "pack":
             raise Damaged("it is no pack")
-        self.entries: list[Entry] = []
+        self._codings: list[tuple[str, int]] = []
+        self._sizes, self._places, self._lengths, self._firsts = array("I"), array("Q"), array("I"), array("I")
+        self._digests = bytearray()
+        self._bases, self._numbers = array("I"), array("Q")
+        """Which of ``_packs``, one more, and the number of the block there; 0 if it rests on none."""
+        codings: dict[str, tuple[str, int]] = {}
+        packs: dict[str, int] = {}
         at = _whole(table.get("offset"), end)
         blocks = _list(table.get("blocks"))
         if len(blocks) > MAX_ENTRIES:
             raise Damaged("it has too many blocks")
         for row in blocks:
-            coding, size, digest, frames, base = _list(row, 5)
-            found = CODINGS.fullmatch(coding) if isinstance(coding, str) else None
-            if found is None:
-                raise Damaged(f"a block is coded as {_told(coding)}, which this does not know")
-            width = int(found[3] or 1)
-            if _whole(size, MAX_BLOCK, 1) % width or len(_list(frames)) != (1 if found[1] else width):
+            spelled, size, digest, frames, base = _list(row, 5)
+            if not isinstance(spelled, str):
+                raise Damaged("a block is coded in a way that this does not know")
+            coding, width = codings.get(spelled) or codings.setdefault(spelled, _coding(spelled))
+            if _whole(size, MAX_BLOCK, 1) % width or len(_list(frames)) != (1 if coding == "plain" else width):
                 raise Damaged("a block has other frames than its coding")
-            plane = size // width
-            lengths = [_whole(length, plane + plane // 128 + 512) for length in frames]
-            of = None if base is None else (_hex(_list(base, 2)[0], 24), _whole(base[1]))
-            if (of is None) == (found[2] in ("delta", "idelta")):
+            if (base is None) == (coding in ("delta", "idelta")):
                 raise Damaged("a block lacks the one that it tells the difference to")
-            self.entries.append(Entry(found[1] or found[2], width, size, _hex(digest, 64), at, lengths, of))
-            at += sum(lengths)
+            pack, number = (0, 0) if base is None else _list(base, 2)
+            if base is not None:
+                pack = packs.setdefault(_hex(pack, 24), len(packs) + 1)
+            plane = size // width
+            self._codings.append(codings[spelled])
+            self._sizes.append(size)
+            self._digests += bytes.fromhex(_hex(digest, 64))
+            self._places.append(at)
+            self._firsts.append(len(self._lengths))
+            self._lengths.extend(_whole(length, plane + plane // 128 + 512) for length in frames)
+            self._bases.append(pack)
+            self._numbers.append(_whole(number))
+            at += sum(self._lengths[self._firsts[-1] :])
         if at > end:
             raise Damaged("its blocks are out of bounds")
+        self._packs = list(packs)
 
-    def frames(self, entry: Entry) -> list[bytes]:
-        """The frames of a block."""
-        self.file.seek(entry.at)
-        return [self.file.read(length) for length in entry.frames]
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def entry(self, number: int) -> Entry:
+        """One of the blocks."""
+        coding, width = self._codings[number]
+        first, base = self._firsts[number], self._bases[number]
+        return Entry(
+            coding,
+            width,
+            self._sizes[number],
+            self._digests[32 * number : 32 * number + 32].hex(),
+            self._places[number],
+            self._lengths[first : first + (1 if coding == "plain" else width)],
+            (self._packs[base - 1], self._numbers[number]) if base else None,
+        )
+
+
+def _coding(spelled: str) -> tuple[str, int]:
+    found = CODINGS.fullmatch(spelled)
+    if found is None:
+        raise Damaged(f"a block is coded as {_told(spelled)}, which this does not know")
+    return found[1] or found[2], int(found[3] or 1)
 
 
 class Packs:
@@ -192,19 +228,18 @@ class Packs:
         self._open_pack = open_pack
         self._sizes = sizes
         self._tell_lost = tell_lost
-        self._open: dict[str, Pack] = {}
+        self._tables: dict[str, Pack] = {}
+        self._files: dict[str, BinaryIO] = {}
         self._lost: dict[str, str] = {}
         """What is wrong with packs that cannot be read: they are not asked for again for each block."""
-        self._patience = MAX_ITEMS
-        """So many entries may still be read. Who reads blocks gets more: going to and fro between packs that cannot all
-        be held takes time, but no more than in proportion to what comes of it."""
+        self._patience = PATIENCE
 
     def entry(self, pack: str, number: int) -> Entry:
         """What is known of a block. Raises Damaged."""
-        entries = self._pack(pack).entries
-        if number >= len(entries):
+        table = self._table(pack)
+        if number >= len(table):
             raise self._damaged(pack, "it has fewer blocks than it should")
-        return entries[number]
+        return table.entry(number)
 
     def block(self, pack: str, number: int) -> Block:
         """The bytes of a block, which have been compared with their digest. Raises Damaged."""
@@ -219,64 +254,75 @@ class Packs:
         if not _is_whole(block, chain[0][1]):
             self._decode(chain, is_checked=True)
             raise self._damaged(pack, "a block is not what it was")
-        self._patience += len(block) >> 8
         return block
 
     def close(self) -> None:
         """Close the packs."""
-        while self._open:
-            self._open.popitem()[1].file.close()
+        while self._files:
+            self._files.popitem()[1].close()
 
-    def _pack(self, pack: str) -> Pack:
-        found = self._open.pop(pack, None)
+    def _table(self, pack: str) -> Pack:
+        found = self._tables.pop(pack, None)
         if found is None:
             if pack in self._lost:
                 raise Damaged(self._lost[pack])
             try:
-                found = self._opened(pack)
+                found = self._read(pack)
             except FileNotFoundError:
-                self._lost[pack] = f"pack {pack}.mtz is missing{self._tell_lost(pack)}"
+                self._lost[pack] = str(self._missing(pack))
                 raise Damaged(self._lost[pack]) from None
             except Damaged as exc:
                 self._lost[pack] = str(self._damaged(pack, exc))
                 raise Damaged(self._lost[pack]) from exc
-        self._open[pack] = found  # the newest last: the oldest goes first
+        self._tables[pack] = found  # the newest last: the oldest goes first
         return found
 
-    def _opened(self, pack: str) -> Pack:
+    def _read(self, pack: str) -> Pack:
         if self._sizes is not None and pack not in self._sizes:
             raise Damaged("it is needed and not listed")
-        file = self._open_pack(pack)
-        try:
+        found = Pack(self._file(pack))
+        held = len(found) + sum(map(len, self._tables.values()))
+        while self._tables and held > MAX_HELD:
+            held -= len(self._tables.pop(next(iter(self._tables))))
+        self._patience -= len(found)
+        if self._patience < 0:
+            raise Damaged("what it is needed for is scattered over too many packs")
+        return found
+
+    def _file(self, pack: str) -> BinaryIO:
+        file = self._files.pop(pack, None)
+        if file is None:
+            while len(self._files) >= MAX_OPEN:
+                self._files.pop(next(iter(self._files))).close()
+            file = self._open_pack(pack)
             size = file.seek(0, os.SEEK_END)
             if size != (size if self._sizes is None else self._sizes[pack]):
+                file.close()
                 raise Damaged("its size is not what the manifest says")
-            found = Pack(file)
-            held = len(found.entries) + sum(len(one.entries) for one in self._open.values())
-            while self._open and (held > MAX_HELD or len(self._open) >= MAX_OPEN):
-                oldest = self._open.pop(next(iter(self._open)))
-                oldest.file.close()
-                held -= len(oldest.entries)
-            self._patience -= len(found.entries)
-            if self._patience < 0:
-                raise Damaged("what it is needed for is scattered over too many packs")
-        except BaseException:
-            file.close()
-            raise
-        return found
+        self._files[pack] = file
+        return file
+
+    def _frames(self, pack: str, entry: Entry) -> list[bytes]:
+        file = self._file(pack)
+        file.seek(entry.at)
+        return [file.read(length) for length in entry.frames]
 
     def _decode(self, chain: Sequence[tuple[str, Entry]], *, is_checked: bool = False) -> Block:
         """The bytes of a block that rests on others. ``is_checked``: which of them is to blame, if any is."""
         block: Block = None
         for pack, entry in reversed(chain):
-            frames = self._pack(pack).frames(entry)
             try:
-                block = decode(entry, frames, block)
+                block = decode(entry, self._frames(pack, entry), block)
+            except FileNotFoundError:
+                raise self._missing(pack) from None
             except Damaged as exc:
                 raise self._damaged(pack, exc) from exc
             if is_checked and not _is_whole(block, entry):
                 raise self._damaged(pack, "a block is not what it was")
         return block
+
+    def _missing(self, pack: str) -> Damaged:
+        return Damaged(f"pack {pack}.mtz is missing{self._tell_lost(pack)}")
 
     def _damaged(self, pack: str, what: object) -> Damaged:
         return Damaged(f"pack {pack}.mtz is damaged: {what}{self._tell_lost(pack)}")

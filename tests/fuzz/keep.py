@@ -1,4 +1,6 @@
-"""Choose what of a fuzzing run is worth keeping: ``python -m tests.fuzz.keep test-artifacts/fuzz/tried``.
+"""Choose what of a fuzzing run is worth keeping: ``python -m tests.fuzz.keep corpus test-artifacts/fuzz/tried``.
+
+The first is the folder here that is rewritten: ``corpus`` of recordings, ``artifacts`` of artifacts.
 
 Of the corpus and the inputs in the folders, the smallest are kept that together take every way from one line to the
 next that all of them take. (libFuzzer's own ``-merge`` starts itself again, which a Python program is not made for.)
@@ -12,12 +14,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tests.fuzz.crate import Crate
 from tests.fuzz.splice import ROOT, Canvas
 
 if TYPE_CHECKING:
     from types import CodeType, FrameType
 
-CORPUS = Path(__file__).with_name("corpus")
 MAX_FILES, MAX_BYTES = 200, 500 << 10
 
 Step = tuple["CodeType", int, int]
@@ -45,7 +47,7 @@ class Tracer:
         return self
 
 
-def steps_of(canvas: Canvas, data: bytes) -> set[Step]:
+def steps_of(canvas: Canvas | Crate, data: bytes) -> set[Step]:
     """The steps that an input takes; AssertionError and the like if it is a finding."""
     tracer = Tracer()
     sys.settrace(tracer)
@@ -56,27 +58,28 @@ def steps_of(canvas: Canvas, data: bytes) -> set[Step]:
     return tracer.steps
 
 
-def main(folders: list[str]) -> None:
+def main(corpus: Path, folders: list[str]) -> None:
     """Rewrite the corpus."""
-    inputs = {path.read_bytes() for folder in (CORPUS, *map(Path, folders)) for path in folder.iterdir()}
+    inputs = {path.read_bytes() for folder in (corpus, *map(Path, folders)) for path in folder.iterdir()}
     kept: list[bytes] = []
     known: set[Step] = set()
     with tempfile.TemporaryDirectory() as folder:
-        canvas = Canvas(folder)
+        canvas = Crate() if corpus.name == "artifacts" else Canvas(folder)
         for data in sorted(inputs, key=lambda data: (len(data), data)):
             new = steps_of(canvas, data) - known
             if new:
                 known |= new
                 kept.append(data)
-        canvas.close()
+        if isinstance(canvas, Canvas):
+            canvas.close()
     assert len(kept) <= MAX_FILES, len(kept)
     assert sum(map(len, kept)) <= MAX_BYTES
-    for path in CORPUS.iterdir():
+    for path in corpus.iterdir():
         path.unlink()
     for data in kept:
-        (CORPUS / sha256(data).hexdigest()[:16]).write_bytes(data)
+        (corpus / sha256(data).hexdigest()[:16]).write_bytes(data)
     print(f"{len(kept)} of {len(inputs)} inputs kept, {sum(map(len, kept))} bytes, {len(known)} steps")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(Path(__file__).with_name(sys.argv[1]), sys.argv[2:])

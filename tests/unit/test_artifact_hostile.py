@@ -16,6 +16,8 @@ import pytest
 pytest.importorskip("zstandard")
 
 import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import memtrack
 from memtrack.artifacts.codecs import stored
@@ -23,6 +25,9 @@ from memtrack.artifacts.decoding import content_size
 from memtrack.artifacts.reading import MAX_DEPTH, MAX_ENTRIES, read_table
 from memtrack.errors import ArtifactError, MissingDependencyError
 from tests.artifact_lab import content, digest_of, forged_store, safetensors, weights, write_container
+from tests.fuzz.crate import NAMES as NAMES_TOLD
+from tests.fuzz.crate import NUMBERS as NUMBERS_TOLD
+from tests.fuzz.crate import PARTS, RAW, Change, Crate, seeds
 
 ROOT = Path(memtrack.__file__).parents[1]
 MIB = 1 << 20
@@ -324,7 +329,7 @@ def test_frames(forged, tmp_path, name):
     refuse(forged, tmp_path, "is damaged: ")
 
 
-FIELDS = {
+FIELDS: dict[str, list] = {
     "size": [*NUMBERS, 0, 5 << 20, 4095],
     "coding": ["", "none", "plain4", "planes3", "planes", "delta4", "rotate", "__class__", None, 5, ["plain"], "PLAIN"],
     "digest": ["", "g" * 64, "0" * 63, "0" * 64, "A" * 64, "٣" * 64, None, 7],
@@ -392,6 +397,45 @@ def test_other_bytes_behind_a_name_of_a_pack(forged, tmp_path):
     one_block(forged, [zstandard.compress(BLOCK[::-1])[: len(FRAME)].ljust(len(FRAME), b"\0")])
     forged.manifest().write_bytes(manifest)
     refuse(forged, tmp_path, "is damaged: ")
+
+
+# -- what fuzzing has found, and begins with --------------------------------------------------------------------------
+
+CORPUS = sorted((ROOT / "tests" / "fuzz" / "artifacts").iterdir())
+
+
+@pytest.fixture(scope="module")
+def crate():
+    return Crate()
+
+
+@pytest.mark.parametrize("path", CORPUS, ids=lambda path: path.name)
+def test_corpus(crate, path):
+    """What fuzzing has found worth keeping: nothing but Damaged comes of it."""
+    crate.try_input(path.read_bytes())
+
+
+def test_seeds(crate):
+    """What fuzzing begins with, likewise."""
+    for seed in seeds():
+        crate.try_input(seed)
+
+
+CHANGES = st.builds(
+    Change,
+    st.sampled_from(PARTS),
+    st.integers(0, 0xFFFF),
+    st.integers(0, 8) | st.integers(0, 0xFFFF),
+    st.binary(max_size=20) | st.sampled_from([*NUMBERS_TOLD, *NAMES_TOLD]),
+    st.sampled_from([0, 0, 0, RAW]),
+)
+
+
+@given(st.lists(CHANGES, min_size=1, max_size=6))
+@settings(max_examples=300, deadline=None)
+def test_any_changes(crate, found):
+    """Property: the same for any changes of tables and frames, and what is read is what was written, or Damaged."""
+    crate.try_input(b"".join(change.pack() for change in found))
 
 
 # -- the folder that is restored into ---------------------------------------------------------------------------------
@@ -538,16 +582,18 @@ def test_the_largest_blocks_there_may_be(whole, tmp_path):
     assert (forged.folder / "to" / "file").read_bytes() == base
 
 
-def test_many_large_packs_by_turns(whole, tmp_path):
-    """Each with as many blocks as there may be: they cannot all be held, and are not read again without end."""
+def test_many_large_packs_by_turns(whole, tmp_path, monkeypatch):
+    """Each with as many blocks as there may be: they are not all held, and not read again without end."""
     forged = whole.copy(tmp_path / "store")
     frames = stored(b"1").frames
     blocks = [("plain", 1, sha256(b"%d" % number).hexdigest(), frames, None) for number in range(1, MAX_ENTRIES + 1)]
-    packs = [forged.add_pack(blocks, pack=f"{number:024x}") for number in range(20)]
-    ranges = [[number % 20, 0, 1, 1] for number in range(64)]
-    forged.add_artifact([(f"{number}", 64, digest_of(*[b"1"] * 64), ranges) for number in range(500)], packs)
-    (error,) = bounded(40, forged)
-    assert "scattered over too many packs" in error
+    packs = [forged.add_pack(blocks, pack=f"{number:024x}") for number in range(10)]
+    ranges = [[number % 10, 0, 1, 1] for number in range(64)]
+    forged.add_artifact([("ones", 24, digest_of(*[b"1"] * 24), ranges[:24])], packs)
+    assert bounded(40, forged) == ["none"]
+    monkeypatch.setattr("memtrack.artifacts.reading.PATIENCE", 15 * MAX_ENTRIES)
+    (tmp_path / "store" / "to" / "ones").unlink()
+    refuse(forged, tmp_path, "scattered over too many packs")
 
 
 def test_many_files_of_a_lost_pack(whole, tmp_path):
