@@ -19,7 +19,7 @@ from memtrack import registry
 from memtrack.artifacts.reading import Artifact
 from tests.artifact_lab import trained, weights
 from tests.integrations.comet_lab import comet_scripts
-from tests.integrations.mlflow_lab import Server
+from tests.integrations.mlflow_lab import Proxy, Server
 from tests.integrations.wandb_lab import folders, read_run
 
 TRAINING = """
@@ -196,6 +196,44 @@ report(stored=upload.wait(60), error=upload.error, source=upload.source)
     training = script.finish()
     assert training.result["stored"]
     assert training.result["error"] == ""
+    assert training.stderr.count("memtrack cannot store model/step-00000001") == 1
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", serving.uri)
+    back = memtrack.restore(training.result["source"], tmp_path / "back")
+    assert Path(back).read_bytes() == (tmp_path / "m.npy").read_bytes()
+
+
+def test_a_pack_that_is_refused_is_told_once_and_stored_later(serving, train, tmp_path, monkeypatch):
+    """As by a proxy that takes no bodies of that size until somebody has set it right."""
+    np.save(tmp_path / "m.npy", weights(1 << 20))
+    front = Proxy(serving)
+    # packs have megabytes; all else that is sent has not
+    front.gate = lambda headers: 413 if int(headers.get("Content-Length", 0)) > 1 << 20 else None
+    try:
+        script = train(
+            f"""
+import logging, memtrack, mlflow
+from memtrack.artifacts import uploader
+logging.basicConfig(format="%(message)s")
+uploader.LONGEST_PAUSE_S = 0.3  # a minute, else
+mlflow.start_run(experiment_id="{serving.experiment_id}")
+upload = memtrack.log_checkpoint("m.npy", step=1, name="model")
+while not upload.error:
+    time.sleep(0.01)
+print("ERROR", upload.error)
+time.sleep(1)
+print("AGAIN", upload.done)
+report(stored=upload.wait(60), source=upload.source)
+""",
+            front,
+            wait=False,
+        )
+        assert "client_max_body_size" in script.wait_for("ERROR")
+        assert script.wait_for("AGAIN") == "False"
+        front.gate = lambda headers: None
+        training = script.finish()
+    finally:
+        front.close()
+    assert training.result["stored"]
     assert training.stderr.count("memtrack cannot store model/step-00000001") == 1
     monkeypatch.setenv("MLFLOW_TRACKING_URI", serving.uri)
     back = memtrack.restore(training.result["source"], tmp_path / "back")
