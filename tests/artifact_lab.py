@@ -15,7 +15,8 @@ import zstandard
 from memtrack.artifacts.base import Earlier
 from memtrack.artifacts.ledger import Ledger
 from memtrack.artifacts.packing import Packer, Source, state_of
-from memtrack.artifacts.reading import END, HEAD, MARK, TABLE, TRAILER, Artifact, read_table
+from memtrack.artifacts.reading import Artifact
+from memtrack.artifacts.tables import END, HEAD, MARK, TABLE, TRAILER, read_table
 
 
 def weights(count, seed=0):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import zstandard
 
-from memtrack.artifacts.reading import (
+from memtrack.artifacts.tables import (
     END,
     HEAD,
     MARK,

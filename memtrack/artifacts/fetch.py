@@ -253,7 +253,7 @@ def _chosen(artifact: Artifact, file: str | None) -> list[File]:
     if file is None:
         return list(artifact.files.values())
     if file not in artifact.files:
-        from memtrack.artifacts.reading import shown
+        from memtrack.artifacts.tables import shown
 
         there = sorted(shown(one[:200]) for one in artifact.files)
         more = f" and {len(there) - 20} more" if len(there) > 20 else ""
@@ -275,8 +275,8 @@ def _check_size(size: int, max_bytes: int | None, to: str) -> None:
 def _restore_files(
     artifact: Artifact, files: list[File], to: str, on_progress: Callable[[int, int], None] | None
 ) -> str:
-    from memtrack.artifacts.reading import shown
     from memtrack.artifacts.restore import restore_file
+    from memtrack.artifacts.tables import shown
 
     total, done = sum(one.size for one in files), 0
 
@@ -302,7 +302,7 @@ def _restore_files(
 def _translated(call: Callable[[], Found]) -> Found:
     """What restore.py raises, which knows nothing of memtrack, as errors of memtrack's."""
     from memtrack.artifacts.decoding import Damaged
-    from memtrack.artifacts.reading import shown
+    from memtrack.artifacts.tables import shown
 
     try:
         return call()

@@ -15,7 +15,7 @@ from memtrack.artifacts.codecs import WIDTHS, Codec, Coded
 from memtrack.artifacts.container import PackWriter, Written, write_manifest
 from memtrack.artifacts.layouts import layout_of
 from memtrack.artifacts.ledger import Located
-from memtrack.artifacts.reading import is_safe
+from memtrack.artifacts.tables import is_safe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

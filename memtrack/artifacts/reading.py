@@ -1,39 +1,33 @@
-"""Reading containers, and getting blocks and files out of them. FORMAT.md tells how they are laid out.
+"""Getting blocks and files out of packs. FORMAT.md tells how they are laid out.
 
-What is read here may be anybody's: sizes are checked before memory is taken, and each block is compared with its digest
-before it is handed out. This module imports nothing of memtrack but what travels with the artifacts: see ``script``.
+What is read here may be anybody's: see ``tables``. Each block is compared with its digest before it is handed out. This
+module imports nothing of memtrack but what travels with the artifacts: see ``script``.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import re
-import struct
-from array import array
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-from memtrack.artifacts.decoding import Block, Damaged, Entry, content_size, decode, decompress
+from memtrack.artifacts.decoding import Block, Damaged, Entry, decode
+from memtrack.artifacts.tables import (
+    MAX_BLOCK,
+    MAX_ENTRIES,
+    MAX_PACK,
+    Table,
+    hex_digits,
+    is_safe,
+    list_of,
+    read_table,
+    shown,
+    told,
+    whole,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from typing import NoReturn, TypeGuard
 
-NOTE, TABLE, TRAILER = 0x184D2A50, 0x184D2A51, 0x184D2A52
-"""Magic numbers of the skippable frames: a text, the table as JSON in a zstd frame, and where that is."""
-HEAD = struct.Struct("<II")
-END = struct.Struct("<IIQ8s")
-MARK = b"memtrack"
-VERSION = 1
-
-MAX_BLOCK = 4 << 20
-MAX_PACK = 64 << 20
-MAX_TABLE = 16 << 20
-MAX_ENTRIES = 16_384
-"""Bytes of a block, of a pack and of a table, and blocks in a pack: more is not written and not read."""
-MAX_ITEMS = 1_000_000
-"""Values in a table. In memory each takes a hundred bytes or so."""
 MAX_DEPTH = 64
 """Blocks that are restored one from the other; memtrack stops at 8."""
 MAX_OPEN = 16
@@ -43,8 +37,6 @@ PATIENCE = 30_000_000
 """Blocks that are looked up again, because more packs are needed by turns than are held: some minutes."""
 SMALLEST = 64
 """Bytes of a block, on average over a file of more than a few."""
-HEX = re.compile("[0-9a-f]*")
-CODINGS = re.compile(r"(plain)|(planes|rotate|delta|idelta)([1248])")
 
 
 class File(NamedTuple):
@@ -56,158 +48,6 @@ class File(NamedTuple):
     digest: str
     ranges: Sequence[tuple[int, int, int, int]]
     """Number of the pack, first block, how many, and the bytes that these come to."""
-
-
-def read_table(file: BinaryIO) -> tuple[dict[str, Any], int]:
-    """The table of a container, and where it begins. Raises Damaged."""
-    size = file.seek(0, os.SEEK_END)
-    if size < END.size:
-        raise Damaged("it is cut off")
-    file.seek(size - END.size)
-    magic, length, at, mark = END.unpack(file.read(END.size))
-    if magic != TRAILER or length != END.size - HEAD.size or mark != MARK:
-        raise Damaged("it is cut off, or none of memtrack's")
-    if at + HEAD.size > size - END.size or size - END.size - at - HEAD.size > MAX_TABLE:
-        raise Damaged("its table is out of bounds")
-    file.seek(at)
-    magic, length = HEAD.unpack(file.read(HEAD.size))
-    if magic != TABLE or at + HEAD.size + length != size - END.size:
-        raise Damaged("its table is not where it says")
-    frame = file.read(length)
-    declared = content_size(frame)
-    if not 0 <= declared <= most_text(length):
-        raise Damaged("its table is too large")
-    text = decompress(frame, declared)
-    if items_of(text) > MAX_ITEMS:
-        raise Damaged("its table is too large")
-    try:
-        table = json.loads(text.decode("ascii"), parse_int=_number, parse_float=_refuse, parse_constant=_refuse)
-    except (ValueError, RecursionError) as exc:
-        raise Damaged("its table cannot be read") from exc
-    if not isinstance(table, dict):
-        raise Damaged("its table cannot be read")
-    version = table.get("version")
-    if type(version) is not int or version != VERSION:
-        raise Damaged(f"it is of version {_told(version)}, and this reads version {VERSION}")
-    return table, at
-
-
-def items_of(text: bytes) -> int:
-    """How many values there are in JSON, and what holds them, at most."""
-    return sum(map(text.count, (b",", b":", b"[", b"{")))
-
-
-def most_text(length: int) -> int:
-    """Bytes of a table that takes ``length`` when it is compressed. It is full of digests, which cannot be; what takes
-    twenty times as much in memory must not be had for nothing."""
-    return min((1 << 20) + 16 * length, MAX_TABLE)
-
-
-def _number(digits: str) -> int:
-    if len(digits) > 20:  # which takes the longer the more there are
-        raise Damaged("its table has a number out of bounds")
-    return int(digits)
-
-
-def _refuse(number: str) -> NoReturn:
-    raise Damaged(f"its table has {number[:20]} for a number")
-
-
-def shown(name: str) -> str:
-    """A name as it can be printed anywhere, on one line."""
-    return name if name.isprintable() else ascii(name)
-
-
-def _told(value: Any) -> str:
-    """A value of a stranger's, to be printed."""
-    return ascii(value)[:70] if isinstance(value, (str, int)) or value is None else f"a {type(value).__name__}"
-
-
-def _whole(value: Any, most: int = 1 << 62, least: int = 0) -> int:
-    if type(value) is not int or not least <= value <= most:
-        raise Damaged(f"its table has {_told(value)} for a number")
-    return value
-
-
-def _hex(value: Any, length: int) -> str:
-    if not isinstance(value, str) or len(value) != length or not HEX.fullmatch(value):
-        raise Damaged(f"its table has {_told(value)} for a digest")
-    return value
-
-
-def _list(value: Any, length: int | None = None) -> list[Any]:
-    if not isinstance(value, list) or (length is not None and len(value) != length):
-        raise Damaged("its table has something else for a list")
-    return value
-
-
-class Pack:
-    """What is known of the blocks of a pack, by their number: eighty bytes for each. Raises Damaged."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        table, end = read_table(file)
-        if table.get("memtrack") != "pack":
-            raise Damaged("it is no pack")
-        self._codings: list[tuple[str, int]] = []
-        self._sizes, self._places, self._lengths, self._firsts = array("I"), array("Q"), array("I"), array("I")
-        self._digests = bytearray()
-        self._bases, self._numbers = array("I"), array("Q")
-        """Which of ``_packs``, one more, and the number of the block there; 0 if it rests on none."""
-        codings: dict[str, tuple[str, int]] = {}
-        packs: dict[str, int] = {}
-        at = _whole(table.get("offset"), end)
-        blocks = _list(table.get("blocks"))
-        if len(blocks) > MAX_ENTRIES:
-            raise Damaged("it has too many blocks")
-        for row in blocks:
-            spelled, size, digest, frames, base = _list(row, 5)
-            if not isinstance(spelled, str):
-                raise Damaged("a block is coded in a way that this does not know")
-            coding, width = codings.get(spelled) or codings.setdefault(spelled, _coding(spelled))
-            if _whole(size, MAX_BLOCK, 1) % width or len(_list(frames)) != (1 if coding == "plain" else width):
-                raise Damaged("a block has other frames than its coding")
-            if (base is None) == (coding in ("delta", "idelta")):
-                raise Damaged("a block lacks the one that it tells the difference to")
-            pack, number = (0, 0) if base is None else _list(base, 2)
-            if base is not None:
-                pack = packs.setdefault(_hex(pack, 24), len(packs) + 1)
-            plane = size // width
-            self._codings.append(codings[spelled])
-            self._sizes.append(size)
-            self._digests += bytes.fromhex(_hex(digest, 64))
-            self._places.append(at)
-            self._firsts.append(len(self._lengths))
-            self._lengths.extend(_whole(length, plane + plane // 128 + 512) for length in frames)
-            self._bases.append(pack)
-            self._numbers.append(_whole(number))
-            at += sum(self._lengths[self._firsts[-1] :])
-        if at > end:
-            raise Damaged("its blocks are out of bounds")
-        self._packs = list(packs)
-
-    def __len__(self) -> int:
-        return len(self._sizes)
-
-    def entry(self, number: int) -> Entry:
-        """One of the blocks."""
-        coding, width = self._codings[number]
-        first, base = self._firsts[number], self._bases[number]
-        return Entry(
-            coding,
-            width,
-            self._sizes[number],
-            self._digests[32 * number : 32 * number + 32].hex(),
-            self._places[number],
-            self._lengths[first : first + (1 if coding == "plain" else width)],
-            (self._packs[base - 1], self._numbers[number]) if base else None,
-        )
-
-
-def _coding(spelled: str) -> tuple[str, int]:
-    found = CODINGS.fullmatch(spelled)
-    if found is None:
-        raise Damaged(f"a block is coded as {_told(spelled)}, which this does not know")
-    return found[1] or found[2], int(found[3] or 1)
 
 
 class Packs:
@@ -228,7 +68,7 @@ class Packs:
         self._open_pack = open_pack
         self._sizes = sizes
         self._tell_lost = tell_lost
-        self._tables: dict[str, Pack] = {}
+        self._tables: dict[str, Table] = {}
         self._files: dict[str, BinaryIO] = {}
         self._lost: dict[str, str] = {}
         """What is wrong with packs that cannot be read: they are not asked for again for each block."""
@@ -261,7 +101,7 @@ class Packs:
         while self._files:
             self._files.popitem()[1].close()
 
-    def _table(self, pack: str) -> Pack:
+    def _table(self, pack: str) -> Table:
         found = self._tables.pop(pack, None)
         if found is None:
             if pack in self._lost:
@@ -277,10 +117,10 @@ class Packs:
         self._tables[pack] = found  # the newest last: the oldest goes first
         return found
 
-    def _read(self, pack: str) -> Pack:
+    def _read(self, pack: str) -> Table:
         if self._sizes is not None and pack not in self._sizes:
             raise Damaged("it is needed and not listed")
-        found = Pack(self._file(pack))
+        found = Table(self._file(pack))
         held = len(found) + sum(map(len, self._tables.values()))
         while self._tables and held > MAX_HELD:
             held -= len(self._tables.pop(next(iter(self._tables))))
@@ -343,12 +183,12 @@ class Artifact:
             self.table, _ = read_table(manifest)
             if self.table.get("memtrack") != "artifact":
                 raise Damaged("it is no manifest of an artifact")
-            packs = [_list(pack, 2) for pack in _list(self.table.get("packs"))]
-            self.packs = [(_hex(pack, 24), _whole(size, MAX_PACK)) for pack, size in packs]
+            packs = [list_of(pack, 2) for pack in list_of(self.table.get("packs"))]
+            self.packs = [(hex_digits(pack, 24), whole(size, MAX_PACK)) for pack, size in packs]
             sizes = dict(self.packs)
             if len(sizes) != len(self.packs):
                 raise Damaged("a pack is listed twice")
-            self.files = self._all_files(_list(self.table.pop("files", None)))
+            self.files = self._all_files(list_of(self.table.pop("files", None)))
         except Damaged as exc:
             raise Damaged(f"the manifest cannot be read: {exc}") from exc
         self._packs = Packs(open_pack, sizes, self._tell_lost)
@@ -360,33 +200,33 @@ class Artifact:
         for at, row in enumerate(rows):
             file = self._file(row)
             if file.path in files:
-                raise Damaged(f"{_told(file.path)} is there twice")
+                raise Damaged(f"{told(file.path)} is there twice")
             files[file.path] = file
             rows[at] = None  # there may be many
         places = sorted(f"{path}/" for path in files)
         for at in range(1, len(places)):
             if places[at].startswith(places[at - 1]):
-                raise Damaged(f"{_told(places[at - 1][:-1])} is a file and a folder")
+                raise Damaged(f"{told(places[at - 1][:-1])} is a file and a folder")
         return files
 
     def _file(self, row: Any) -> File:
         if not isinstance(row, dict):
             raise Damaged("its table has something else for a file")
         ranges = []
-        for one in _list(row.get("blocks")):
-            pack, first, count, size = (_whole(number) for number in _list(one, 4))
+        for one in list_of(row.get("blocks")):
+            pack, first, count, size = (whole(number) for number in list_of(one, 4))
             if pack >= len(self.packs):
                 raise Damaged("a file is in a pack that is not listed")
             if not count <= size <= count * MAX_BLOCK:
                 raise Damaged("a file has blocks of another size than there are")
             ranges.append((pack, first, count, size))
-        size = _whole(row.get("size"))
+        size = whole(row.get("size"))
         if sum(one[3] for one in ranges) != size or sum(one[2] for one in ranges) > SMALLEST + size // SMALLEST:
             raise Damaged("a file has another size than its blocks")
         path = row.get("path")
         if not is_safe(path):
-            raise Damaged(f"{_told(path)} is no name for a file")
-        return File(path, size, _whole(row.get("mode", 0o644), 0o777), _hex(row.get("digest"), 64), ranges)
+            raise Damaged(f"{told(path)} is no name for a file")
+        return File(path, size, whole(row.get("mode", 0o644), 0o777), hex_digits(row.get("digest"), 64), ranges)
 
     @property
     def size(self) -> int:
@@ -439,17 +279,3 @@ class Artifact:
             return "; what is told as a difference to it is lost"
         more = f" and {len(lost) - 10} more" if len(lost) > 10 else ""
         return f"; lost with it: {', '.join(shown(path[:200]) for path in lost[:10])}{more}"
-
-
-def is_safe(path: Any) -> TypeGuard[str]:
-    """Whether a path stays below the folder that it is put into, on any system, and can be printed."""
-    # control characters: a terminal does what they say
-    if not isinstance(path, str) or len(path) > 4096 or re.search("[\0-\x1f\x7f-\x9f]", path):
-        return False
-    try:
-        parts = path.encode("utf-8", "surrogateescape").split(b"/")
-    except UnicodeEncodeError:  # a half of a character
-        return False
-    if any(part in (b"", b".", b"..") or len(part) > 255 for part in parts):
-        return False
-    return os.name != "nt" or not re.search(r'[\\:*?"<>|]', path)

@@ -19,7 +19,8 @@ import tempfile
 from typing import TYPE_CHECKING
 
 from memtrack.artifacts.decoding import Damaged
-from memtrack.artifacts.reading import Artifact, File, shown
+from memtrack.artifacts.reading import Artifact, File
+from memtrack.artifacts.tables import shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from memtrack.artifacts.layouts import tensors_of
 from memtrack.artifacts.layouts.parts import DTYPE_OF
-from memtrack.artifacts.reading import is_safe, shown
+from memtrack.artifacts.tables import is_safe, shown
 from memtrack.errors import ArtifactError, ArtifactNotFoundError
 
 if TYPE_CHECKING:

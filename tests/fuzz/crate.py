@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from memtrack.artifacts.codecs import stored
 from memtrack.artifacts.decoding import Damaged, content_size, decompress
 from memtrack.artifacts.layouts import tensors_of
-from memtrack.artifacts.reading import END, HEAD, MARK, TABLE, TRAILER, Artifact, is_safe, read_table
+from memtrack.artifacts.reading import Artifact
+from memtrack.artifacts.tables import END, HEAD, MARK, TABLE, TRAILER, is_safe, read_table
 from memtrack.artifacts.tensor import StoredFile
 from tests.artifact_lab import forged_store, safetensors, trained, weights
 

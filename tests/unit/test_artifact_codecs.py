@@ -12,7 +12,7 @@ pytest.importorskip("zstandard")
 from memtrack.artifacts.codecs import FLOATS, WIDTHS, Codec, _difference, stored
 from memtrack.artifacts.decoding import Entry, decode, disordered, ordered
 from memtrack.artifacts.packing import BLOCK_BYTES, SMALL_BYTES
-from memtrack.artifacts.reading import CODINGS
+from memtrack.artifacts.tables import CODINGS
 from tests.artifact_lab import trained, weights
 
 CODECS = {"auto": Codec(), "max": Codec(is_max=True)}

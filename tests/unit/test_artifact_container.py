@@ -18,7 +18,8 @@ import zstandard
 
 from memtrack.artifacts.codecs import Codec, stored
 from memtrack.artifacts.container import MAX_BYTES, PACK_NOTE, PackWriter, write_manifest
-from memtrack.artifacts.reading import MAX_ENTRIES, Artifact, Packs, read_table
+from memtrack.artifacts.reading import Artifact, Packs
+from memtrack.artifacts.tables import MAX_ENTRIES, read_table
 from tests.artifact_lab import weights
 
 BLOCKS = [np.random.default_rng(at).bytes(1000 * at) if at % 2 else b"text" * 999 * at for at in range(1, 9)]

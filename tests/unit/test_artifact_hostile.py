@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 import memtrack
 from memtrack.artifacts.codecs import stored
 from memtrack.artifacts.decoding import content_size
-from memtrack.artifacts.reading import MAX_DEPTH, MAX_ENTRIES, read_table
+from memtrack.artifacts.reading import MAX_DEPTH
+from memtrack.artifacts.tables import MAX_ENTRIES, read_table
 from memtrack.errors import ArtifactError, MissingDependencyError
 from tests.artifact_lab import content, digest_of, forged_store, safetensors, weights, write_container
 from tests.fuzz.crate import NAMES as NAMES_TOLD
