@@ -23,6 +23,7 @@ import memtrack
 from memtrack.artifacts.codecs import stored
 from memtrack.artifacts.decoding import content_size
 from memtrack.artifacts.reading import MAX_DEPTH
+from memtrack.artifacts.store import FolderStore
 from memtrack.artifacts.tables import MAX_ENTRIES, read_table
 from memtrack.errors import ArtifactError, MissingDependencyError
 from tests.artifact_lab import content, digest_of, forged_store, safetensors, weights, write_container
@@ -499,6 +500,48 @@ def test_names_in_a_tensor_file(forged, tmp_path):
         found, error = restored(forged, tmp_path, tensor=name)
         assert error is None
     assert sorted(found) == ["..-x.safetensors", "fine-one.safetensors"]
+
+
+# -- what has to be fetched -------------------------------------------------------------------------------------------
+
+
+class Remote:
+    """A folder whose files are fetched, one after the other, as from a tracker."""
+
+    key = "remote"
+
+    def __init__(self, forged):
+        self._store = FolderStore(str(forged.folder))
+        self.names, self.close = self._store.names, self._store.close
+        self.fetched = []
+
+    def get(self, name, path):
+        self.fetched.append(name)
+        self._store.get(name, path)
+
+
+@pytest.mark.parametrize(("room", "times"), [(1 << 30, 1), (1, 2)])
+def test_packs_that_are_fetched_lie_on_the_disk_while_there_is_room(forged, whole, tmp_path, monkeypatch, room, times):
+    """Those that are open are read on, those that had to go are fetched again; in the end there is nothing."""
+    remote = Remote(forged)
+    monkeypatch.setattr("memtrack.artifacts.fetch.open_store", lambda source: (remote, "data"))
+    monkeypatch.setattr("memtrack.artifacts.fetch.MAX_COPIES", room)
+    monkeypatch.setattr("memtrack.artifacts.reading.MAX_OPEN", 1)
+    assert restored(forged, tmp_path) == (whole.content, None)
+    packs = [name for name in remote.fetched if "packs" in name]
+    assert len(packs) >= 2 * times
+    assert len({*packs}) == 2
+    assert (len(packs) == 2) == (times == 1)
+
+
+def test_what_is_too_large_to_be_ours_is_not_fetched(forged, tmp_path, monkeypatch):
+    remote = Remote(forged)
+    monkeypatch.setattr("memtrack.artifacts.fetch.open_store", lambda source: (remote, "data"))
+    os.truncate(forged.packs_of()[0], 100 * MIB)
+    assert "larger than any file of memtrack's" in restored(forged, tmp_path)[1]
+    os.truncate(forged.manifest(), 100 * MIB)
+    assert "data.mtz in remote is larger than any file of memtrack's" in restored(forged, tmp_path)[1]
+    assert len(remote.fetched) <= 2
 
 
 # -- memory and time --------------------------------------------------------------------------------------------------
