@@ -56,7 +56,8 @@ def log_artifact(
     under another name. A folder on another file system than the recordings must stay until ``wait()``.
 
     Args:
-        path: The file or folder. Links in a folder are stored as what they lead to, if that is a file.
+        path: The file or folder. Links in a folder are stored as what they lead to, if that is a file; 50,000 files are
+            the most.
         name: What it is restored by, default its own name. What had the name in this run before is replaced.
         to: ``"mlflow"``, ``"wandb"``, ``"comet"``, or a folder. Default the active run of the first of these that has
             one, else the folder ``.memtrack/artifacts/local``.
