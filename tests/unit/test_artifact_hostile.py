@@ -99,7 +99,7 @@ def test_no_flipped_bit_goes_unnoticed(whole, tmp_path):
             table, end = read_table(file)
         note = range(8, table.get("offset", end))
         # all of what is told of the content, and of the content itself every now and then
-        places = [*range(8), *range(note[-1], end, 997), *range(end, len(data), 1 if len(data) - end < 600 else 13)]
+        places = [*range(8), *range(note[-1], end, 1999), *range(end, len(data), 1 if len(data) - end < 600 else 31)]
         for place in places:
             path.write_bytes(data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :])
             found, error = restored(forged, tmp_path)

@@ -196,7 +196,7 @@ def check(examples, *, is_random):
 
 def test_generated_artifacts_come_back():
     """Property: whatever the files are, all versions of them are restored."""
-    check(250, is_random=False)
+    check(150, is_random=False)
 
 
 @pytest.mark.slow
