@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TypeVar
 
 from memtrack import config, registry
-from memtrack.artifacts.store import PACKS, ROOT, FolderStore, _forget
+from memtrack.artifacts.store import PACKS, ROOT, FolderStore, remove
 from memtrack.errors import (
     ArtifactError,
     ArtifactFormatError,
@@ -212,7 +212,7 @@ class _opened:
         while sum(self._copies.values()) > MAX_COPIES and len(self._copies) > 1:
             oldest = next(iter(self._copies))
             del self._copies[oldest]
-            _forget(oldest)
+            remove(oldest)
         return open(path, "rb")
 
 

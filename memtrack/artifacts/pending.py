@@ -9,6 +9,7 @@ import re
 import shutil
 from typing import TYPE_CHECKING, NamedTuple
 
+from memtrack.artifacts.store import remove
 from memtrack.artifacts.worker import Job
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Pending:
 
     def done(self, *, held: str) -> None:
         """Nobody need go on with it: forget it, and the links to its files."""
-        _forget(self._path)
+        remove(self._path)
         shutil.rmtree(held, ignore_errors=True)
         self.leave()
 
@@ -114,10 +115,3 @@ def _lock(fd: int) -> bool:
     except OSError:
         return False
     return True
-
-
-def _forget(path: str) -> None:
-    try:
-        os.unlink(path)
-    except FileNotFoundError:
-        pass

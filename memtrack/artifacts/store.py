@@ -213,7 +213,7 @@ def write_whole(source: Readable, place: str, *, link: str = "") -> None:
                 os.fsync(file.fileno())
         os.replace(part, place)
     except BaseException:
-        _forget(part)
+        remove(part)
         raise
 
 
@@ -237,9 +237,10 @@ def _linked(path: str, part: str) -> bool:
     return True
 
 
-def _forget(part: str) -> None:
+def remove(path: str) -> None:
+    """Remove a file, if it is there and can be."""
     try:
-        os.unlink(part)
+        os.unlink(path)
     except OSError:
         pass
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from memtrack.artifacts.base import Earlier
 from memtrack.artifacts.ledger import Ledger
 from memtrack.artifacts.packing import Packer, Progress, Source
+from memtrack.artifacts.store import remove
 
 if TYPE_CHECKING:
     from memtrack.artifacts.worker import Job, _Line
@@ -124,7 +125,7 @@ class _Work:
         for _, path, size in sorted(found, reverse=True):
             room -= size
             if room < 0:
-                _remove(path)
+                remove(path)
 
     def _path_of(self, pack: str) -> str:
         return os.path.join(self._job.folder, f"{pack}.mtz")
@@ -166,12 +167,12 @@ def held_folder(state: str, family: str) -> str:
 def _clean(job: Job, ledger: Ledger) -> None:
     """Remove what one that was killed has left, and learn what the store really has."""
     for part in glob.glob(os.path.join(glob.escape(job.folder), "*.part")):
-        _remove(part)
+        remove(part)
     if not job.keeps_packs:
         for path in glob.glob(os.path.join(glob.escape(job.folder), "*.mtz")):
             # killed after it was made, and before it was noted
             if ledger.pack(os.path.basename(path).removesuffix(".mtz")) is None:
-                _remove(path)
+                remove(path)
     if job.stored is not None:
         for pack in ledger.packs(is_stored=True):
             if pack not in job.stored:
@@ -180,10 +181,3 @@ def _clean(job: Job, ledger: Ledger) -> None:
             size, _, _ = ledger.pack(pack) or (-1, "", False)
             if job.stored.get(pack) == size:  # killed after it was stored, and before it was noted
                 ledger.mark_stored(pack)
-
-
-def _remove(path: str) -> None:
-    try:
-        os.unlink(path)
-    except FileNotFoundError:
-        pass

@@ -27,7 +27,7 @@ from memtrack.artifacts.store import FolderStore
 from memtrack.artifacts.tables import MAX_ENTRIES, read_table
 from memtrack.errors import ArtifactError, MissingDependencyError
 from tests.artifact_lab import content, digest_of, forged_store, safetensors, weights, write_container
-from tests.fuzz import crate
+from tests.fuzz import crate as crates
 from tests.fuzz.crate import NAMES as NAMES_TOLD
 from tests.fuzz.crate import NUMBERS as NUMBERS_TOLD
 from tests.fuzz.crate import PARTS, RAW, Change, Crate, seeds
@@ -404,7 +404,7 @@ def test_other_bytes_behind_a_name_of_a_pack(forged, tmp_path):
 
 # -- what fuzzing has found, and begins with --------------------------------------------------------------------------
 
-CORPUS = sorted((Path(crate.__file__).parent / "artifacts").iterdir())
+CORPUS = sorted((Path(crates.__file__).parent / "artifacts").iterdir())
 
 
 @pytest.fixture(scope="module")
