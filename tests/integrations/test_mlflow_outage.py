@@ -179,6 +179,7 @@ def misbehaved(_server, tmp_path_factory):
         yield found
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("how", MISBEHAVIOUR)
 def test_a_server_that_misbehaves(how, misbehaved, fault):
     """Slow, overloaded, failing, or with answers that are lost: no step is slowed, and every window arrives once."""
