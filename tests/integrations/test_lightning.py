@@ -193,7 +193,8 @@ def test_a_callback_of_the_users_wins(together):
     done, result, _ = together
     assert result["callbacks"] > 1
     assert phases(done.recording) == ["train", "train", "train", "after"]
-    assert set(spikes(done.recording)) == {("train", 2, 0), ("after", 2, -1)}
+    # between the trainings W&B's beginning and end take memory as well
+    assert {key for key in spikes(done.recording) if key[0]} == {("train", 2, 0), ("after", 2, -1)}
 
 
 def test_a_training_that_fails_leaves_its_phases(together):
